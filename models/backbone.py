@@ -1,0 +1,296 @@
+"""The frozen DINOv3 ViT: pixels in, feature maps of chosen blocks out.
+
+Source: Siméoni et al., "DINOv3", arXiv 2508.10104; checkpoint format: Hugging Face transformers,
+`dinov3_vit`. Blocks are numbered from 0, as in the paper; the backbone's one final LayerNorm is
+applied to every tapped block, as in `get_intermediate_layers(norm=True)` of the original code.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from config import ConfigError, Model
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # LVD-1689M checkpoints
+SAT493M = ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))  # SAT-493M checkpoints
+GATED = "https://huggingface.co/{name}"
+
+
+class BackboneError(Exception):
+    """A backbone that cannot be had: gated, unknown, offline, damaged."""
+
+    exit_code = 4
+
+
+@dataclass(frozen=True, slots=True)
+class BackboneSpec:
+    """What a backbone's features depend on, known before its weights are loaded.
+
+    mean and std belong to pixels in [0, 1]; remarks are for the log.
+    """
+
+    name: str
+    layers: tuple[int, ...]
+    channels: int
+    patch_size: int
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+    remarks: tuple[str, ...] = ()
+    norm: str = "final"
+
+
+class Normalize(nn.Module):
+    """8-bit pixels to what the backbone and the heads see: scaled to [0, 1], then mean and std.
+
+    >>> Normalize([0.5] * 3, [0.25] * 3)(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)).unique()
+    tensor([2.])
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) pixels in 0..255 to float32 of the same shape."""
+        return (pixels.float() / 255 - self.mean) / self.std
+
+
+class DinoBackbone(nn.Module):
+    """A DINOv3 ViT that never trains and computes nothing above the deepest block asked for.
+
+    model: a transformers `DINOv3ViTModel`; spec: which blocks and which mean and std;
+    feature_dtype: the precision features leave in. Feature maps of a (B, 3, H, W) batch are
+    (B, channels, H/16, W/16), one per block of `spec.layers`, in that order.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: BackboneSpec,
+        weights_hash: str,
+        feature_dtype: torch.dtype = torch.float16,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.weights_hash = weights_hash
+        self.feature_dtype = feature_dtype
+        self.normalize = Normalize(spec.image_mean, spec.image_std)
+        self.embeddings = model.embeddings
+        self.rope = model.rope_embeddings
+        self.blocks = model.model.layer[: max(spec.layers) + 1]
+        self.norm = model.norm
+        self.prefix = 1 + model.config.num_register_tokens  # CLS, then registers, then patches
+        self.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> "DinoBackbone":
+        """Stay in evaluation mode whatever the parent does: training would jitter the RoPE."""
+        return super().train(False)
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        """Feature maps of (B, 3, H, W) pixels in 0..255, H and W multiples of the patch size."""
+        return self.encode(self.normalize(pixels))
+
+    @torch.no_grad()
+    def encode(self, image: Tensor) -> list[Tensor]:
+        """Feature maps of a normalised image."""
+        patch = self.spec.patch_size
+        rows, cols = image.shape[-2] // patch, image.shape[-1] // patch
+        if (rows * patch, cols * patch) != tuple(image.shape[-2:]):
+            raise ValueError(
+                f"tile of {tuple(image.shape[-2:])} pixels, must be multiples of {patch}"
+            )
+        tokens = self.embeddings(image)
+        positions = self.rope(image)
+        maps = []
+        for number, block in enumerate(self.blocks):
+            tokens = block(tokens, position_embeddings=positions)
+            if number in self.spec.layers:
+                patches = self.norm(tokens)[:, self.prefix :].to(self.feature_dtype)
+                maps.append(patches.unflatten(1, (rows, cols)).permute(0, 3, 1, 2))
+        return maps
+
+
+def even_layers(blocks: int) -> tuple[int, ...]:
+    """The last block of each quarter of the network, from 0.
+
+    >>> even_layers(24), even_layers(12)
+    ((5, 11, 17, 23), (2, 5, 8, 11))
+    """
+    return tuple(sorted({-(-quarter * blocks // 4) - 1 for quarter in range(1, 5)}))
+
+
+def describe_backbone(section: Model) -> BackboneSpec:
+    """Read a backbone's own config.json and check the configuration against it."""
+    from transformers import AutoConfig
+
+    own = _from_hub(section.backbone, AutoConfig)
+    if own.model_type != "dinov3_vit":
+        raise ConfigError(
+            [f"model.backbone: {section.backbone} is a {own.model_type}, expected a dinov3_vit"]
+        )
+    layers = (
+        tuple(section.layers) if section.layers is not None else even_layers(own.num_hidden_layers)
+    )
+    if max(layers) >= own.num_hidden_layers:
+        raise ConfigError(
+            [
+                f"model.layers: found {list(layers)}, {section.backbone} has blocks "
+                f"0 to {own.num_hidden_layers - 1}"
+            ]
+        )
+    if section.dino_channels not in (None, own.hidden_size):
+        raise ConfigError(
+            [
+                f"model.dino_channels: found {section.dino_channels}, {section.backbone} has "
+                f"{own.hidden_size}; correct it or leave it out"
+            ]
+        )
+    mean, std, remarks = image_statistics(section)
+    return BackboneSpec(
+        section.backbone, layers, own.hidden_size, own.patch_size, mean, std, remarks
+    )
+
+
+def build_backbone(
+    section: Model, spec: BackboneSpec, feature_dtype: torch.dtype = torch.float16
+) -> DinoBackbone:
+    """Load the weights that `spec` describes, every one of them, in fp32 on the CPU."""
+    from transformers import AutoModel
+
+    model, report = _from_hub(
+        section.backbone,
+        AutoModel,
+        dtype=torch.float32,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    lacking = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
+    if lacking:
+        raise BackboneError(
+            f"{section.backbone}: its weights lack {len(lacking)} tensors of the network "
+            f"({sorted(lacking)[0]} ...); download it again"
+        )
+    return DinoBackbone(model, spec, state_hash(model), feature_dtype)
+
+
+def state_hash(model: nn.Module) -> str:
+    """SHA-256 over names, shapes and bytes of all weights: the same weights, the same text.
+
+    >>> a, b = nn.Linear(2, 1), nn.Linear(2, 1)
+    >>> state_hash(a) == state_hash(a), state_hash(a) == state_hash(b)
+    (True, False)
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(memoryview(tensor.cpu().contiguous().numpy()).cast("B"))
+    return digest.hexdigest()
+
+
+def image_statistics(
+    section: Model,
+) -> tuple[tuple[float, ...], tuple[float, ...], tuple[str, ...]]:
+    """Mean and std of the pixels a checkpoint was trained on, with remarks for the log.
+
+    The configuration decides; then the checkpoint's name, since the preprocessor file of SAT-493M
+    checkpoints was seen to carry ImageNet's numbers; then the preprocessor file; then ImageNet's.
+    """
+    if section.image_mean is not None and section.image_std is not None:
+        return tuple(section.image_mean), tuple(section.image_std), ()
+    saved = _saved_statistics(section.backbone)
+    named = _named_statistics(section.backbone)
+    if named is None and saved is None:
+        return *IMAGENET, ("model.image_mean/std: the backbone names none, ImageNet's are used",)
+    if named is None or named == saved or saved is None:
+        return *(named or saved), ()
+    remark = (
+        f"preprocessor_config.json of {section.backbone} has mean {list(saved[0])}, its name calls "
+        f"for {list(named[0])}, which is used; set model.image_mean and image_std to decide"
+    )
+    return *named, (remark,)
+
+
+def _named_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    known = {"sat493m": SAT493M, "lvd1689m": IMAGENET}
+    return next((known[data] for data in known if data in name.lower()), None)
+
+
+def _saved_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    from transformers.utils import cached_file
+
+    try:
+        path = cached_file(name, "preprocessor_config.json")
+        saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        return tuple(saved["image_mean"]), tuple(saved["image_std"])
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _from_hub(name: str, kind: Any, **options: Any) -> Any:
+    """A config or model from a hub id or a local folder; trouble becomes one line that helps."""
+    from safetensors import SafetensorError
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise BackboneError(f"{name}: no such folder (model.backbone)")
+    try:
+        return kind.from_pretrained(name, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise BackboneError(explain(name, error)) from error
+
+
+def explain(name: str, error: BaseException) -> str:
+    """What kept a backbone from loading, and the way out, in one line."""
+    kinds, cause = set(), error
+    while cause is not None:
+        kinds.add(type(cause).__name__)
+        cause = cause.__cause__ or cause.__context__
+    others = (
+        "or set model.backbone to a local Hugging Face folder (config.json, model.safetensors) "
+        "that starts with ./ or /"
+    )
+    if "GatedRepoError" in kinds or "gated repo" in str(error):
+        return (
+            f"{name}: gated on the Hugging Face hub; request access at {GATED.format(name=name)}, "
+            f"then run `hf auth login` or set HF_TOKEN, {others}"
+        )
+    if "LocalEntryNotFoundError" in kinds or "couldn't connect" in str(error).lower():
+        return (
+            f"{name}: not in the local Hugging Face cache and the hub cannot be reached; go online "
+            f"(unset HF_HUB_OFFLINE if it is set), {others}"
+        )
+    if "RepositoryNotFoundError" in kinds or "is not a valid model identifier" in str(error):
+        return (
+            f"{name}: no such model on the Hugging Face hub, or a private one; check the name, "
+            f"run `hf auth login` if it is yours, {others}"
+        )
+    reason = " ".join(str(error).split())[:200]
+    return f"{name}: cannot be loaded ({type(error).__name__}: {reason})"
+
+
+def write_random_backbone(folder: Path, seed: int, **sizes: Any) -> None:
+    """Write a DINOv3 ViT with random weights in the Hugging Face folder format.
+
+    For demonstrations, tests and timings. sizes: fields of transformers' DINOv3ViTConfig
+    (hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, ...).
+    """
+    from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = DINOv3ViTModel(DINOv3ViTConfig(**{"num_register_tokens": 4, **sizes}))
+    model.save_pretrained(folder)
+    mean, std = IMAGENET
+    preprocessor = {"do_resize": False, "image_mean": mean, "image_std": std}
+    text = json.dumps(preprocessor, indent=2) + "\n"
+    (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")

@@ -1,0 +1,118 @@
+"""The contract of every head: pixels and backbone maps in, image-sized logits out.
+
+A head is one file that implements `decode`. The base class checks what comes in and brings every
+logits tensor to the image's size, so that no loss, metric or inference ever resizes a label. The
+idea of a base class that owns the contract is that of segmentation_models.pytorch.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.blocks import EDGE_TYPES
+
+PATCH = 16  # pixels along one side of a DINOv3 ViT token
+
+
+class HeadOutput(NamedTuple):
+    """Logits (B, K, H, W) and a tuple of auxiliary ones, each (B, K, H, W); none in eval mode.
+
+    >>> output = HeadOutput(torch.zeros(1, 5, 256, 256), aux=())
+    >>> logits, aux = output
+    >>> logits.shape, aux
+    (torch.Size([1, 5, 256, 256]), ())
+    """
+
+    logits: Tensor
+    aux: tuple[Tensor, ...]
+
+
+class SegmentationHead(nn.Module):
+    """What all heads share; `decode` is theirs.
+
+    `image` is (B, image_channels, H, W), normalised as for the backbone, with sides divisible by
+    16; `features` are `levels` maps (B, channels, H/16, W/16), shallow to deep, in any float type:
+    they are cast to the image's.
+
+    >>> class FirstChannels(SegmentationHead):
+    ...     def decode(self, image, features):
+    ...         return HeadOutput(features[0][:, : self.num_classes], aux=())
+    >>> head = FirstChannels(channels=64, levels=4, num_classes=5)
+    >>> features = [torch.zeros(1, 64, 16, 16)] * 4
+    >>> head(torch.zeros(1, 3, 256, 256), features).logits.shape
+    torch.Size([1, 5, 256, 256])
+    >>> head(torch.zeros(1, 3, 256, 256), features[:3])
+    Traceback (most recent call last):
+    ValueError: 3 feature maps given, this head was built for levels=4: tap as many blocks
+    """
+
+    def __init__(
+        self, channels: int, levels: int, num_classes: int, image_channels: int = 3
+    ) -> None:
+        super().__init__()
+        if min(channels, levels, num_classes, image_channels) < 1:
+            raise ValueError(
+                f"channels={channels}, levels={levels}, num_classes={num_classes}, "
+                f"image_channels={image_channels}: each must be at least 1"
+            )
+        self.channels = channels
+        self.levels = levels
+        self.num_classes = num_classes
+        self.image_channels = image_channels
+
+    def forward(self, image: Tensor, features: Sequence[Tensor]) -> HeadOutput:
+        """Decode, then bring the logits and every auxiliary one to the image's size."""
+        self._check(image, features)
+        logits, aux = self.decode(image, [level.to(image.dtype) for level in features])
+        size = image.shape[-2:]
+        return HeadOutput(enlarge(logits, size), tuple(enlarge(each, size) for each in aux))
+
+    def decode(self, image: Tensor, features: list[Tensor]) -> HeadOutput:
+        """Logits at any scale up to the image's own; auxiliary ones only while `self.training`."""
+        raise NotImplementedError(f"{type(self).__name__} must implement decode(image, features)")
+
+    def edge_parameters(self) -> list[nn.Parameter]:
+        """First convolutions on pixels, classifiers and embeddings, which Muon leaves to AdamW.
+
+        They are told by their modules' types: `models.blocks.EDGE_TYPES`.
+        """
+        edges = (module for module in self.modules() if isinstance(module, EDGE_TYPES))
+        return [parameter for module in edges for parameter in module.parameters(recurse=False)]
+
+    def _check(self, image: Tensor, features: Sequence[Tensor]) -> None:
+        if len(features) != self.levels:
+            raise ValueError(
+                f"{len(features)} feature maps given, this head was built for "
+                f"levels={self.levels}: tap as many blocks"
+            )
+        if image.shape[1] != self.image_channels:
+            raise ValueError(
+                f"the image has {image.shape[1]} channels, this head was built for "
+                f"image_channels={self.image_channels}"
+            )
+        for index, level in enumerate(features):
+            if level.shape[1] != self.channels:
+                raise ValueError(
+                    f"feature map {index} has {level.shape[1]} channels, this head was built for "
+                    f"channels={self.channels}: use the backbone it was trained on"
+                )
+            covered = tuple(PATCH * length for length in level.shape[-2:])
+            if tuple(image.shape[-2:]) != covered:
+                raise ValueError(
+                    f"the image is {tuple(image.shape[-2:])} and feature map {index} covers "
+                    f"{covered}: a map has 1/{PATCH} of the image's height and width"
+                )
+
+
+def enlarge(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """Logits in single precision at `size` (height, width), bilinear between cell centres.
+
+    >>> enlarge(torch.tensor([[[[0.0, 4.0]]]]), (1, 4))
+    tensor([[[[0., 1., 3., 4.]]]])
+    """
+    if logits.shape[-2:] == torch.Size(size):
+        return logits.float()
+    return F.interpolate(logits.float(), size=tuple(size), mode="bilinear", align_corners=False)

@@ -1,0 +1,237 @@
+"""The tile cache on disk: what it is (manifest.json) and one `.pt` file per tile.
+
+A tile's file holds `{image, features, label}`: image (3, S, S) uint8 as read from the scene,
+features a list of (channels, S/16, S/16) half-precision maps, label (S, S) class ids. The manifest
+says how they were made; a cache made in another way is refused, not mixed.
+"""
+
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+FEATURE_DTYPE = torch.float16
+
+
+class CacheError(Exception):
+    """A cache that is missing, unfinished, or made with other settings."""
+
+    exit_code = 3
+
+
+class TileError(Exception):
+    """A tile's file whose content is not what the manifest promises; making it again repairs it."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a cache is.
+
+    labels and scenes identify the files read (bytes and modification time); tiles counts the files
+    per scene once prepare is done, until when `complete` is false.
+    """
+
+    backbone: str
+    backbone_hash: str
+    layers: list[int]
+    norm: str
+    channels: int
+    patch_size: int
+    image_mean: list[float]
+    image_std: list[float]
+    precision: str
+    tile_size: int
+    feature_dtype: str
+    num_classes: int
+    ignore_index: int
+    labels: dict[str, Any]
+    scenes: dict[str, dict[str, int]] = field(default_factory=dict)
+    tiles: dict[str, int] = field(default_factory=dict)
+    complete: bool = False
+    format: int = FORMAT
+
+    @property
+    def label_dtype(self) -> torch.dtype:
+        """The smallest type that holds every class id and ignore_index."""
+        return torch.uint8 if max(self.num_classes - 1, self.ignore_index) <= 255 else torch.int32
+
+
+# what may differ between a cache and the run that goes on with it
+PROGRESS = {"backbone", "scenes", "tiles", "complete"}
+KEYS = {
+    "backbone_hash": "model.backbone",
+    "layers": "model.layers",
+    "image_mean": "model.image_mean",
+    "image_std": "model.image_std",
+    "precision": "prepare.device",
+    "tile_size": "prepare.tile_size",
+    "num_classes": "model.num_classes",
+    "ignore_index": "dataset.ignore_index",
+    "labels": "paths.label_path",
+}
+
+
+def write_manifest(manifest: Manifest, folder: Path) -> None:
+    """Write manifest.json under a temporary name, then rename it."""
+    temporary = folder / f".{MANIFEST}.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+    temporary.replace(folder / MANIFEST)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a cache folder, or an error that says what to do."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CacheError(f"{path}: no such file; run prepare first (prepare.enable: true)")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.get("format") != FORMAT or set(content) != {f.name for f in fields(Manifest)}:
+            raise ValueError(f"format {content.get('format')!r}, expected {FORMAT}")
+        return Manifest(**content)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise CacheError(f"{path}: not a manifest ({error}); delete {folder}") from error
+
+
+def claim(wanted: Manifest, folder: Path) -> Manifest:
+    """The manifest found in a folder if it agrees with `wanted`; in an empty folder, `wanted`.
+
+    A cache made with other settings is refused with the field that differs.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / MANIFEST).exists():
+        if any(folder.glob("*.pt")):
+            raise CacheError(f"{folder}: holds .pt files but no {MANIFEST}; use an empty folder")
+        write_manifest(wanted, folder)
+        return wanted
+    found = read_manifest(folder)
+    ours, theirs = asdict(wanted), asdict(found)
+    for name in ours.keys() - PROGRESS:
+        if ours[name] != theirs[name]:
+            raise CacheError(
+                f"{folder}: this cache was made with {name} {short(theirs[name])}, this run has "
+                f"{short(ours[name])} ({KEYS.get(name, name)}); set it back, delete the folder, "
+                "or name another paths.processed_dir"
+            )
+    return found
+
+
+def short(value: Any) -> str:
+    """A value for a message: hashes and long lists cut.
+
+    >>> short("0123456789abcdef0123"), short([2, 5, 8, 11])
+    ('0123456789ab...', '[2, 5, 8, 11]')
+    """
+    text = str(value)
+    is_hash = isinstance(value, str) and len(text) > 16
+    return f"{text[:12]}..." if is_hash else text
+
+
+def scene_of(name: str) -> str:
+    """The scene a tile belongs to.
+
+    >>> scene_of("north__r000512_c000000")
+    'north'
+    """
+    return name.rpartition("__")[0]
+
+
+def tile_path(folder: Path, name: str) -> Path:
+    """Where a tile's file lies."""
+    return folder / f"{name}.pt"
+
+
+def tile_names(folder: Path, manifest: Manifest) -> list[str]:
+    """The cached tiles of the manifest's scenes, sorted, the same on every rank."""
+    names = sorted(path.stem for path in folder.glob("*.pt"))
+    return [name for name in names if scene_of(name) in manifest.scenes]
+
+
+def write_tile(
+    folder: Path, name: str, image: Tensor, features: Sequence[Tensor], label: Tensor
+) -> None:
+    """Write one tile's file: copies of its tensors, under a temporary name, then renamed."""
+    content = {
+        "image": image.clone(),
+        "features": [level.to(FEATURE_DTYPE).cpu().clone() for level in features],
+        "label": label.clone(),
+    }
+    temporary = folder / f".{name}.{os.getpid()}.tmp"
+    try:
+        torch.save(content, temporary)
+        temporary.replace(tile_path(folder, name))
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_tile(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """A tile's tensors; content that cannot be loaded is a TileError, a failing read an OSError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (pickle.UnpicklingError, EOFError, KeyError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        if "allocate memory" in reason:
+            raise MemoryError(f"{path}: {reason}") from error
+        raise TileError(f"{path.name}: cannot be loaded ({reason[:120]})") from error
+
+
+def check_tile(path: Path, manifest: Manifest) -> None:
+    """Raise TileError where a tile's file is not exactly what the manifest promises."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except zipfile.BadZipFile as error:
+        raise TileError(f"{path.name}: not a whole file ({error})") from error
+    if broken is not None:
+        raise TileError(f"{path.name}: checksum of {broken} is wrong")
+    content = load_tile(path)
+    check_layout(path.name, content, manifest)
+    for number, level in enumerate(content["features"]):
+        if not torch.isfinite(level).all():
+            raise TileError(f"{path.name}: features[{number}] are not finite")
+
+
+def check_layout(name: str, content: Any, manifest: Manifest) -> None:
+    """Raise TileError where keys, shapes, dtypes or label values are not the manifest's."""
+    if not isinstance(content, dict) or set(content) != {"image", "features", "label"}:
+        raise TileError(f"{name}: keys are not image, features, label")
+    size, cells = manifest.tile_size, manifest.tile_size // manifest.patch_size
+    _check_tensor(name, "image", content["image"], (3, size, size), torch.uint8)
+    _check_tensor(name, "label", content["label"], (size, size), manifest.label_dtype)
+    levels = content["features"]
+    if not isinstance(levels, list) or len(levels) != len(manifest.layers):
+        raise TileError(f"{name}: features are not a list of {len(manifest.layers)} levels")
+    for number, level in enumerate(levels):
+        wanted = (manifest.channels, cells, cells)
+        _check_tensor(name, f"features[{number}]", level, wanted, FEATURE_DTYPE)
+    label = content["label"][content["label"] != manifest.ignore_index]
+    if label.numel() and not 0 <= int(label.min()) <= int(label.max()) < manifest.num_classes:
+        raise TileError(f"{name}: label values outside 0..{manifest.num_classes - 1}")
+
+
+def _check_tensor(
+    name: str, part: str, found: Any, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    if not isinstance(found, Tensor) or tuple(found.shape) != shape or found.dtype != dtype:
+        what = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, Tensor) else type(found)
+        raise TileError(f"{name}: {part} is {what}, expected {shape} {dtype}")
+
+
+def drop_changed(found: Manifest, scenes: dict[str, dict[str, int]], folder: Path) -> list[str]:
+    """Delete the tiles of scenes that changed since they were cached; return those scenes."""
+    changed = [name for name in scenes if found.scenes.get(name, scenes[name]) != scenes[name]]
+    for path in folder.glob("*.pt"):
+        if scene_of(path.stem) in changed:
+            path.unlink()
+    write_manifest(replace(found, scenes=scenes, complete=False), folder)
+    return changed

@@ -1,0 +1,147 @@
+"""Checkpoints: a head's weights with everything needed to use them again.
+
+A file holds plain tensors, numbers, strings, lists and dicts only, and is read with
+`weights_only=True`, so that loading one never runs code.
+"""
+
+import os
+import pickle
+import zipfile
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from config import Model
+from utils.distributed import precision_of
+from utils.logging import VerbosityLogger
+
+FORMAT = 1
+
+
+class CheckpointError(Exception):
+    """A checkpoint that is missing, damaged, or made for something else."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What weights are.
+
+    head, num_classes, channels and levels rebuild the network; backbone, backbone_hash, layers,
+    norm, image_mean, image_std, patch_size, tile_size and precision say which features it was
+    trained on; config is the run's resolved YAML, metrics the validation scores of `epoch`.
+    """
+
+    head: str
+    num_classes: int
+    channels: int
+    levels: int
+    backbone: str
+    backbone_hash: str
+    layers: list[int]
+    norm: str
+    image_mean: list[float]
+    image_std: list[float]
+    patch_size: int
+    tile_size: int
+    precision: str
+    ignore_index: int
+    epoch: int
+    metrics: dict[str, Any]
+    config: str
+    state: dict[str, Tensor]
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
+    """Write under a temporary name in the same folder, then rename: never half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    content = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
+    try:
+        torch.save({"format": FORMAT, **content}, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint on the CPU; anything but a whole one is an error that says why."""
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: no such checkpoint; train first, or set inference.checkpoint to one"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint ({reason})") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a DINOv3Seg checkpoint of format {FORMAT}")
+    content = {key: value for key, value in content.items() if key != "format"}
+    wanted = {field.name for field in fields(Checkpoint)}
+    if set(content) != wanted:
+        odd = ", ".join(sorted(wanted ^ set(content)))
+        raise CheckpointError(f"{path}: missing or unknown entries: {odd}")
+    return Checkpoint(**content)
+
+
+def load_weights(head: nn.Module, checkpoint: Checkpoint, path: Path) -> None:
+    """Fill a head with the checkpoint's weights, every name and shape matching."""
+    try:
+        head.load_state_dict(checkpoint.state, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        text = f"{path}: weights do not fit head {checkpoint.head} ({reason})"
+        raise CheckpointError(text) from error
+
+
+def plain_state(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of a module's weights on the CPU, safe from the steps that follow.
+
+    >>> sorted(plain_state(nn.Sequential(nn.Linear(2, 1))))
+    ['0.bias', '0.weight']
+    """
+    return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
+
+
+def require_fit(
+    path: Path, checkpoint: Checkpoint, section: Model, backbone: Any, device: torch.device,
+    log: VerbosityLogger,
+) -> None:  # fmt: skip
+    """Refuse a checkpoint that was made for other features or another head than this run has."""
+    spec = backbone.spec
+    wanted = {
+        "head": section.head,
+        "num_classes": section.num_classes,
+        "layers": list(spec.layers),
+        "norm": spec.norm,
+        "image_mean": list(spec.image_mean),
+        "image_std": list(spec.image_std),
+        "backbone_hash": backbone.weights_hash,
+    }
+    require_equal(path, {key: getattr(checkpoint, key) for key in wanted}, wanted)
+    if checkpoint.precision != precision_of(device):
+        log.warning(
+            f"{path}: trained on features of {checkpoint.precision}, this device computes "
+            f"{precision_of(device)}; maps may differ slightly"
+        )
+
+
+def require_equal(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuse a checkpoint that was made for something else, naming each field with both values.
+
+    >>> require_equal(Path("best.pth"), {"head": "unet"}, {"head": "linear"})
+    Traceback (most recent call last):
+    utils.checkpoint.CheckpointError: best.pth: head is 'unet', this run has 'linear'
+    """
+    differing = [
+        f"{key} is {found[key]!r}, this run has {value!r}"
+        for key, value in wanted.items()
+        if found[key] != value
+    ]
+    if differing:
+        raise CheckpointError(f"{path}: {'; '.join(differing)}")

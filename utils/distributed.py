@@ -1,0 +1,175 @@
+"""Ranks, devices, sharing of work and agreement; one process is world size 1.
+
+The only room that knows torch.distributed. Code elsewhere calls `run.share`, `run.sum`, `run.agree`
+and `run.wait` and is the same on one CPU and on many GPUs.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from config import Resources
+
+Item = TypeVar("Item")
+
+
+class DeviceError(Exception):
+    """The machine lacks what the configuration asks for, or the run was started the wrong way."""
+
+    exit_code = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """This process among its ranks.
+
+    >>> run = Runtime()
+    >>> run.is_main, run.share(["a", "b", "c"]), run.agree(0.5)
+    (True, ['a', 'b', 'c'], 0.5)
+    >>> Runtime(rank=1, world_size=2).share([0, 1, 2, 3, 4])
+    [1, 3]
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank logs, writes checkpoints and infers."""
+        return self.rank == 0
+
+    def device(self, name: str) -> torch.device:
+        """The device for `auto`, `cpu`, `cuda` or `cuda:N`; without N each rank has its own GPU."""
+        if name.startswith("cuda") and not torch.cuda.is_available():
+            raise DeviceError(f"device: {name} asked for, but {no_cuda()}; set it to cpu or auto")
+        if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+            return torch.device("cpu")
+        index = int(name.partition(":")[2] or self.local_rank)
+        if index >= torch.cuda.device_count():
+            raise DeviceError(
+                f"device: cuda:{index} asked for, but this machine has {torch.cuda.device_count()} "
+                "GPU(s); start fewer processes or name another device"
+            )
+        return torch.device("cuda", index)
+
+    def share(self, items: Sequence[Item]) -> list[Item]:
+        """This rank's part of the items; the parts of all ranks are the items, each once."""
+        return list(items[self.rank :: self.world_size])
+
+    def wrap(self, module: nn.Module, device: torch.device) -> nn.Module:
+        """The module with gradients averaged over ranks; on GPU BatchNorm sees the global batch."""
+        if self.world_size == 1:
+            return module
+        if device.type == "cuda":
+            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        devices = [device.index] if device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=devices)
+
+    def unsynced(self, module: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+        """Hold back the gradient exchange for all but the last micro-batch of a step."""
+        if self.world_size == 1 or last:
+            return contextlib.nullcontext()
+        return module.no_sync()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks, the same on every rank and on the tensor's device."""
+        if self.world_size == 1:
+            return tensor
+        total = tensor.to(_backend_device(self.local_rank), copy=True)
+        dist.all_reduce(total)
+        return total.to(tensor.device)
+
+    def align(self, module: nn.Module) -> None:
+        """Give every rank the first rank's buffers (running means of BatchNorm)."""
+        if self.world_size > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, src=0)
+
+    def agree(self, value: float) -> float:
+        """The first rank's value, on every rank."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def wait(self) -> None:
+        """Go on when every rank is here."""
+        if self.world_size > 1:
+            self.sum(torch.zeros(1))
+
+
+def _backend_device(local_rank: int) -> torch.device:
+    on_gpu = dist.get_backend() == "nccl"
+    return torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+
+
+def precision_of(device: torch.device) -> str:
+    """`bf16` where the processor computes in it (CUDA from Ampere on), `fp32` elsewhere.
+
+    >>> precision_of(torch.device("cpu"))
+    'fp32'
+    """
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if native else "fp32"
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """Mixed precision as prepare, train and inference all use it on this device."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision_of(device) == "bf16")
+
+
+def no_cuda() -> str:
+    """Why there is no CUDA device, in words."""
+    if torch.version.cuda is None:
+        return "this build of torch has no CUDA"
+    return "torch finds no CUDA device"
+
+
+def device_reason(name: str, device: torch.device) -> str:
+    """What was picked and why, for the log.
+
+    >>> device_reason("cpu", torch.device("cpu"))
+    'device: cpu, as configured'
+    """
+    if name != "auto":
+        return f"device: {device}, as configured"
+    if device.type == "cpu":
+        return f"device: cpu, picked by auto since {no_cuda()}"
+    return f"device: {device} ({torch.cuda.get_device_name(device)}), picked by auto"
+
+
+@contextlib.contextmanager
+def distributed(resources: Resources) -> Iterator[Runtime]:
+    """The process group for the phases that need it; a lone process where none is asked for."""
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if not resources.distributed:
+        if launched and int(os.environ["WORLD_SIZE"]) > 1:
+            raise DeviceError(
+                "resources.distributed is false, but torchrun started "
+                f"{os.environ['WORLD_SIZE']} processes; set it to true or start with python"
+            )
+        yield Runtime()
+        return
+    if not launched:
+        raise DeviceError(
+            "resources.distributed is true, but torchrun did not start this process; start it with "
+            "torchrun --standalone --nproc_per_node=GPUS main.py config.yml, or set it to false"
+        )
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if resources.dist_backend == "nccl":
+        Runtime(local_rank=local_rank).device("cuda")
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group(resources.dist_backend)
+    try:
+        yield Runtime(dist.get_rank(), local_rank, dist.get_world_size())
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,293 @@
+"""Training: the loop, accumulation, mixed precision, EMA, validation, when to stop.
+
+The loss of a step is the mean over all labelled pixels of its global batch, however that batch is
+split into micro-batches and ranks: each part's loss is weighted by its share of those pixels.
+"""
+
+import csv
+import io
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
+
+from config import Train
+from utils.cache import Manifest
+from utils.checkpoint import Checkpoint, plain_state, save_checkpoint
+from utils.data import Loaders, Sample
+from utils.distributed import Runtime, autocast
+from utils.losses import SegmentationLoss
+from utils.metrics import Score, SegmentationMetrics
+from utils.optim import EarlyStopping, build_optimizer, build_schedule
+from utils.prepare import batched
+
+Save = Callable[[nn.Module, int, Score], Path]
+
+
+class DivergedError(Exception):
+    """Training produced a loss or gradient that is no number."""
+
+    exit_code = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The epoch (from 1) with the best validation score, and where its weights lie."""
+
+    epoch: int
+    score: Score
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class TrainLosses:
+    """Means over an epoch's labelled pixels, and the pace."""
+
+    loss: float
+    ce: float
+    dice: float
+    aux: float
+    tiles_per_second: float
+
+
+class Step:
+    """What turns batches into an optimizer step: network, loss, optimizer, schedule, averaging."""
+
+    def __init__(
+        self, head: nn.Module, normalize: nn.Module, section: Train, manifest: Manifest, steps: int,
+        run: Runtime, device: torch.device,
+    ) -> None:  # fmt: skip
+        self.run, self.device, self.section = run, device, section
+        self.head = head.to(device)
+        self.normalize = normalize.to(device)
+        weights = section.loss
+        self.loss = SegmentationLoss(
+            manifest.num_classes, weights.ce_weight, weights.dice_weight, weights.aux_weight,
+            manifest.ignore_index,
+        )  # fmt: skip
+        self.optimizer = build_optimizer(
+            head, head.edge_parameters(), section.muon_lr, section.adamw_lr, section.momentum,
+            section.weight_decay,
+        )  # fmt: skip
+        self.schedule = build_schedule(self.optimizer, steps)
+        self.model = run.wrap(torch.compile(head) if section.compile else head, device)
+        self.ema = ema_of(head, section.ema_decay) if section.ema_decay else None
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The weights that validation judges and a checkpoint keeps."""
+        return self.ema.module if self.ema else self.head
+
+    def __call__(self, window: list[Sample]) -> Tensor:
+        """One optimizer step over micro-batches; their loss, ce, dice, aux × pixels, and pixels."""
+        pixels = [self.loss.labelled(batch.label) for batch in window]
+        total = self.run.sum(torch.stack(pixels).sum()).clamp(min=1)
+        sums = torch.zeros(5, dtype=torch.float64)
+        self.optimizer.zero_grad(set_to_none=True)
+        for number, (batch, count) in enumerate(zip(window, pixels, strict=True), start=1):
+            share = float(count / total) * self.run.world_size  # DDP averages over ranks
+            with self.run.unsynced(self.model, last=number == len(window)):
+                parts = self.forward(self.model, batch)
+                (parts.total * share).backward()
+            values = torch.stack([parts.total.detach(), *parts[1:]]).double().cpu()
+            require_finite(values[0], "loss", window, self.schedule)
+            sums += torch.cat([values * count, count.double()[None]])
+        self.update(window)
+        return sums
+
+    def forward(self, model: nn.Module, batch: Sample, score: Callable | None = None):
+        """Loss of a batch; `score` is given the logits and the label."""
+        label = batch.label.to(self.device, non_blocking=True).long()
+        image = self.normalize(batch.image.to(self.device, non_blocking=True))
+        features = [level.to(self.device, non_blocking=True) for level in batch.features]
+        with autocast(self.device):
+            output = model(image, features)
+        if score is not None:
+            score(output.logits, label)
+        return self.loss(output, label)
+
+    def update(self, window: list[Sample]) -> None:
+        """Clip, step, average, and move the rates on."""
+        limit = self.section.clip_grad or math.inf
+        norm = nn.utils.clip_grad_norm_(self.head.parameters(), limit)
+        require_finite(norm, "gradient", window, self.schedule)
+        self.optimizer.step()
+        self.schedule.step()
+        if self.ema:
+            self.ema.update_parameters(self.head)
+
+
+def require_finite(value: Tensor, what: str, window: list[Sample], schedule) -> None:
+    """Stop before a poisoned step reaches the weights, naming the step, the rates and the tiles."""
+    if torch.isfinite(value):
+        return
+    rates = ", ".join(f"{rate:.2g}" for rate in schedule.get_last_lr())
+    names = ", ".join(name for batch in window for name in batch.name)
+    raise DivergedError(
+        f"{what} is {value.item()} at step {schedule.last_epoch + 1} (rates {rates}; "
+        f"tiles {names}); lower train.muon_lr and train.adamw_lr, or look at these tiles"
+    )
+
+
+def ema_of(head: nn.Module, decay: float) -> AveragedModel:
+    """A running average of the head's weights; its decay grows to `decay` over the first steps."""
+
+    @torch.no_grad()
+    def average(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+        share = 1 - min(decay, (1 + int(count)) / (10 + int(count)))
+        torch._foreach_lerp_(averaged, current, share)
+
+    return AveragedModel(head, multi_avg_fn=average, use_buffers=False)
+
+
+def train_one_epoch(step: Step, batches: Iterable[Sample]) -> TrainLosses:
+    """Every training batch once; gradients of `train.grad_accum_steps` of them make a step."""
+    step.model.train()
+    start, count = time.monotonic(), 0
+    sums = torch.zeros(5, dtype=torch.float64)
+    for window in batched(batches, step.section.grad_accum_steps):
+        sums += step(window)
+        count += sum(len(batch.name) for batch in window)
+    *parts, pixels = step.run.sum(sums).tolist()
+    count = float(step.run.sum(torch.tensor(count)))
+    means = [part / max(pixels, 1) for part in parts]
+    return TrainLosses(*means, count / max(time.monotonic() - start, 1e-9))
+
+
+@torch.inference_mode()
+def evaluate(step: Step, batches: DataLoader, num_classes: int, ignore_index: int) -> Score:
+    """Loss, IoU and Dice over all ranks' validation tiles: exact sums, the same on every rank."""
+    model = step.evaluated.eval()
+    step.run.align(model)
+    metrics = SegmentationMetrics(num_classes, ignore_index, step.device)
+    sums = torch.zeros(2, dtype=torch.float64)
+    for batch in batches:
+        parts = step.forward(
+            model, batch, lambda logits, label: metrics.update(logits.argmax(1), label)
+        )
+        count = step.loss.labelled(batch.label).double()
+        sums += torch.stack([parts.total.double().cpu() * count, count])
+    metrics.confusion = step.run.sum(metrics.confusion)
+    loss, pixels = step.run.sum(sums).tolist()
+    return metrics.score(loss / max(pixels, 1))
+
+
+def fit(
+    head: nn.Module, normalize: nn.Module, loaders: Loaders, section: Train, manifest: Manifest,
+    run: Runtime, device: torch.device, save: Save, log,
+) -> Best:  # fmt: skip
+    """Train until the epochs are over or `patience` of them brought no better validation mIoU."""
+    windows = math.ceil(len(loaders.train) / section.grad_accum_steps)
+    step = Step(head, normalize, section, manifest, section.epochs * windows, run, device)
+    stopping = EarlyStopping(section.patience)
+    history: list[dict[str, float]] = []
+    best = None
+    for epoch in range(1, section.epochs + 1):
+        loaders.sampler.epoch = epoch
+        batches = log.progress(loaders.train, f"epoch {epoch}/{section.epochs}")
+        losses = train_one_epoch(step, batches)
+        score = evaluate(step, loaders.val, manifest.num_classes, manifest.ignore_index)
+        better = stopping.update(run.agree(score.miou))
+        history.append(row_of(epoch, losses, score, step))
+        if better:
+            best = Best(epoch, score, save(step.evaluated, epoch, score) if run.is_main else Path())
+        if run.is_main:
+            write_history(history, section.weights_dir / "metrics.csv")
+        log.info(epoch_line(epoch, section.epochs, losses, score, better))
+        if stopping.stop:
+            log.info(f"no better mIoU for {section.patience} epochs: stopped early")
+            break
+    if best is None:
+        raise DivergedError("no epoch had a validation mIoU; the validation tiles show no class")
+    run.wait()
+    return best
+
+
+def epoch_line(epoch: int, epochs: int, losses: TrainLosses, score: Score, better: bool) -> str:
+    """An epoch in one line of the log."""
+    return (
+        f"epoch {epoch}/{epochs}: loss {losses.loss:.4f} (ce {losses.ce:.4f}, dice "
+        f"{losses.dice:.4f}, aux {losses.aux:.4f}), validation loss {score.loss:.4f}, "
+        f"mIoU {score.miou:.4f}, mDice {score.mdice:.4f}{' (best)' if better else ''}, "
+        f"{losses.tiles_per_second:.1f} tiles/s"
+    )
+
+
+def row_of(epoch: int, losses: TrainLosses, score: Score, step: Step) -> dict[str, float]:
+    """An epoch as a row of metrics.csv."""
+    row = {
+        "epoch": epoch,
+        "train_loss": losses.loss,
+        "train_ce": losses.ce,
+        "train_dice": losses.dice,
+        "train_aux": losses.aux,
+        "val_loss": score.loss,
+        "miou": score.miou,
+        "mdice": score.mdice,
+    }
+    row |= {f"iou_{number}": value for number, value in enumerate(score.iou)}
+    row |= {f"lr_{group['name']}": group["lr"] for group in step.optimizer.param_groups}
+    return row | {"tiles_per_second": losses.tiles_per_second}
+
+
+def write_history(history: list[dict[str, float]], path: Path) -> None:
+    """Write metrics.csv whole, under a temporary name, then rename it."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, fieldnames=list(history[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in history)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text.getvalue(), encoding="utf-8")
+    temporary.replace(path)
+
+
+def best_path(weights_dir: Path, head: str) -> Path:
+    """Where the best weights of a head lie.
+
+    >>> best_path(Path("weights"), "unet_v2").as_posix()
+    'weights/unet_v2_best.pth'
+    """
+    return weights_dir / f"{head}_best.pth"
+
+
+def keep_best(path: Path, head_name: str, manifest: Manifest, config_text: str) -> Save:
+    """A function that saves a head's weights with all that is needed to use them again."""
+
+    def save(head: nn.Module, epoch: int, score: Score) -> Path:
+        checkpoint = Checkpoint(
+            head=head_name,
+            num_classes=manifest.num_classes,
+            channels=manifest.channels,
+            levels=len(manifest.layers),
+            backbone=manifest.backbone,
+            backbone_hash=manifest.backbone_hash,
+            layers=manifest.layers,
+            norm=manifest.norm,
+            image_mean=manifest.image_mean,
+            image_std=manifest.image_std,
+            patch_size=manifest.patch_size,
+            tile_size=manifest.tile_size,
+            precision=manifest.precision,
+            ignore_index=manifest.ignore_index,
+            epoch=epoch,
+            metrics={
+                "loss": score.loss,
+                "miou": score.miou,
+                "mdice": score.mdice,
+                "iou": list(score.iou),
+                "dice": list(score.dice),
+            },
+            config=config_text,
+            state=plain_state(head),
+        )
+        save_checkpoint(checkpoint, path)
+        return path
+
+    return save
