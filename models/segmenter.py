@@ -11,6 +11,14 @@ class Segmenter(nn.Module):
 
     (B, 3, H, W) pixels in 0..255 to (B, num_classes, H, W) probabilities in float32 that sum to 1.
     The head gets the features in the precision in which prepare caches them.
+
+    >>> import torch
+    >>> from types import SimpleNamespace                       # stands in for a backbone
+    >>> grey = SimpleNamespace(normalize=lambda p: p / 255, encode=lambda i: [i[:, :1, ::16, ::16]])
+    >>> head = lambda image, features: SimpleNamespace(logits=image[:, :2])
+    >>> pixels = torch.zeros(1, 3, 64, 64)
+    >>> Segmenter.forward(SimpleNamespace(backbone=grey, head=head), pixels).unique()
+    tensor([0.5000])
     """
 
     def __init__(self, backbone: DinoBackbone, head: SegmentationHead) -> None:

@@ -153,10 +153,11 @@ def test_computes_in_float32_under_autocast_and_from_bfloat16():
     logits, label = batch(5, (0.2, 0.0), size=(64, 48))
     half = logits.bfloat16()
     wanted = SegmentationLoss(CLASSES)(Output(half.float()), label)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = SegmentationLoss(CLASSES)(Output(half), label)
-    assert all(part.dtype == torch.float32 for part in found)
-    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+    for autocast in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = SegmentationLoss(CLASSES)(Output(half), label)
+        assert all(part.dtype == torch.float32 for part in found)
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("wrong", [CLASSES, -1])

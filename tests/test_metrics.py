@@ -103,7 +103,8 @@ def test_ranks_add_their_confusions_up():
 
 def test_uint8_maps_of_many_classes_do_not_wrap_around():
     metrics = SegmentationMetrics(num_classes=200)
-    metrics.update(torch.full((1, 2, 2), 199, dtype=torch.uint8), torch.full((1, 2, 2), 199))
+    last = torch.full((1, 2, 2), 199, dtype=torch.uint8)
+    metrics.update(last, last)
     assert metrics.confusion[199, 199] == 4
 
 

@@ -155,7 +155,12 @@ def report(folder: Path) -> int:
 
 
 def side_by_side(scene: np.ndarray, truth: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """The scene, its truth and its map at half size, (3, H/2, 3·W/2); nodata is black."""
+    """The scene, its truth and its map at half size, (3, H/2, 3·W/2); nodata is black.
+
+    >>> nothing = np.full((1408, 1408), IGNORE, np.uint8)
+    >>> side_by_side(np.zeros((3, 1408, 1408), np.uint8), nothing, nothing).shape
+    (3, 704, 2112)
+    """
     colors = np.zeros((256, 3), np.uint8)
     colors[: len(COLORS)] = COLORS
     panels = [scene, *(np.moveaxis(colors[ids], -1, 0) for ids in (truth, classes))]

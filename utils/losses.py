@@ -7,6 +7,7 @@ batch may be split into micro-batches or over ranks in any way: the parts' losse
 
 from typing import NamedTuple, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -129,7 +130,7 @@ class SegmentationLoss(nn.Module):
         main, ce, dice = self.terms(output.logits, label)
         aux = main.new_zeros(())
         if output.aux:
-            aux = sum(self.terms(logits, label)[0] for logits in output.aux) / len(output.aux)
+            aux = torch.stack([self.terms(logits, label)[0] for logits in output.aux]).mean()
         total = main + self.aux_weight * aux
         return LossParts(total, ce.detach(), dice.detach(), aux.detach())
 

@@ -1,0 +1,26 @@
+# Each target only calls what can be called by hand; `make demo PYTHON=python3.12` picks another Python.
+PYTHON ?= python3
+
+.PHONY: demo test lint
+
+demo: .venv/run.stamp
+	.venv/bin/python -m utils.demo demo
+	.venv/bin/python main.py demo/config.yml
+	.venv/bin/python -m utils.demo demo --report
+
+test: .venv/dev.stamp
+	.venv/bin/python -m pytest
+
+lint: .venv/dev.stamp
+	.venv/bin/ruff check .
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/run.stamp: requirements.txt | .venv/bin/python
+	.venv/bin/python -m pip install -q -r requirements.txt
+	touch $@
+
+.venv/dev.stamp: requirements-dev.txt .venv/run.stamp | .venv/bin/python
+	.venv/bin/python -m pip install -q -r requirements-dev.txt
+	touch $@
