@@ -19,6 +19,7 @@ from config import ConfigError, Model
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # LVD-1689M checkpoints
 SAT493M = ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))  # SAT-493M checkpoints
+UNUSABLE = (OSError, ValueError, TypeError, LookupError, ArithmeticError)  # what odd files raise
 GATED = "https://huggingface.co/{name}"
 
 
@@ -171,12 +172,13 @@ def build_backbone(
         dtype=torch.float32,
         use_safetensors=True,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are told in the report, and refused below
     )
     lacking = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
     if lacking:
         raise BackboneError(
-            f"{section.backbone}: its weights lack {len(lacking)} tensors of the network "
-            f"({sorted(lacking)[0]} ...); download it again"
+            f"{section.backbone}: {len(lacking)} tensors that config.json calls for are missing or "
+            f"of another shape ({sorted(lacking)[0]} ...); download it again"
         )
     return DinoBackbone(model, spec, state_hash(model), feature_dtype)
 
@@ -191,7 +193,7 @@ def state_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(memoryview(tensor.cpu().contiguous().numpy()).cast("B"))
+        digest.update(tensor.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -229,13 +231,15 @@ def _saved_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] 
     try:
         path = cached_file(name, "preprocessor_config.json")
         saved = json.loads(Path(path).read_text(encoding="utf-8"))
-        return tuple(saved["image_mean"]), tuple(saved["image_std"])
+        mean, std = (tuple(map(float, saved[key])) for key in ("image_mean", "image_std"))
+        return (mean, std) if len(mean) == len(std) == 3 and min(std) > 0 else None
     except (OSError, KeyError, TypeError, ValueError):
         return None
 
 
 def _from_hub(name: str, kind: Any, **options: Any) -> Any:
     """A config or model from a hub id or a local folder; trouble becomes one line that helps."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers.utils import logging
 
@@ -244,8 +248,8 @@ def _from_hub(name: str, kind: Any, **options: Any) -> Any:
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise BackboneError(f"{name}: no such folder (model.backbone)")
     try:
-        return kind.from_pretrained(name, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+        return kind.from_pretrained(name, trust_remote_code=False, **options)
+    except (*UNUSABLE, SafetensorError, StrictDataclassError) as error:
         raise BackboneError(explain(name, error)) from error
 
 

@@ -5,10 +5,14 @@ features a list of (channels, S/16, S/16) half-precision maps, label (S, S) clas
 says how they were made; a cache made in another way is refused, not mixed.
 """
 
+import errno
+import io
 import json
 import os
 import pickle
+import struct
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -20,6 +24,11 @@ from torch import Tensor
 MANIFEST = "manifest.json"
 FORMAT = 1
 FEATURE_DTYPE = torch.float16
+# what torch and zipfile raise on bytes that are not what torch.save wrote
+DAMAGE = (
+    pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, LookupError,
+    ValueError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError,
+)  # fmt: skip
 
 
 class CacheError(Exception):
@@ -116,8 +125,8 @@ def claim(wanted: Manifest, folder: Path) -> Manifest:
         return wanted
     found = read_manifest(folder)
     ours, theirs = asdict(wanted), asdict(found)
-    for name in ours.keys() - PROGRESS:
-        if ours[name] != theirs[name]:
+    for name in ours:
+        if name not in PROGRESS and ours[name] != theirs[name]:
             raise CacheError(
                 f"{folder}: this cache was made with {name} {short(theirs[name])}, this run has "
                 f"{short(ours[name])} ({KEYS.get(name, name)}); set it back, delete the folder, "
@@ -174,11 +183,19 @@ def write_tile(
         temporary.unlink(missing_ok=True)
 
 
-def load_tile(path: Path, mmap: bool = False) -> dict[str, Any]:
-    """A tile's tensors; content that cannot be loaded is a TileError, a failing read an OSError."""
+def load_tile(path: Path, mmap: bool = False, content: bytes | None = None) -> dict[str, Any]:
+    """A tile's tensors; content that cannot be loaded is a TileError, a failing read an OSError.
+
+    content: the file's bytes, where they were read already.
+    """
+    source = path if content is None else io.BytesIO(content)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (pickle.UnpicklingError, EOFError, KeyError, ValueError, RuntimeError) as error:
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # torch seeks for the directory that a cut file lacks
+            raise
+        raise TileError(f"{path.name}: cannot be loaded (cut short)") from error
+    except DAMAGE as error:
         reason = str(error).partition("\n")[0]
         if "allocate memory" in reason:
             raise MemoryError(f"{path}: {reason}") from error
@@ -187,14 +204,15 @@ def load_tile(path: Path, mmap: bool = False) -> dict[str, Any]:
 
 def check_tile(path: Path, manifest: Manifest) -> None:
     """Raise TileError where a tile's file is not exactly what the manifest promises."""
+    stored = path.read_bytes()  # what fails from here on is the content's fault, not the disk's
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(io.BytesIO(stored)) as archive:
             broken = archive.testzip()
-    except zipfile.BadZipFile as error:
+    except DAMAGE as error:
         raise TileError(f"{path.name}: not a whole file ({error})") from error
     if broken is not None:
         raise TileError(f"{path.name}: checksum of {broken} is wrong")
-    content = load_tile(path)
+    content = load_tile(path, content=stored)
     check_layout(path.name, content, manifest)
     for number, level in enumerate(content["features"]):
         if not torch.isfinite(level).all():
@@ -228,10 +246,13 @@ def _check_tensor(
 
 
 def drop_changed(found: Manifest, scenes: dict[str, dict[str, int]], folder: Path) -> list[str]:
-    """Delete the tiles of scenes that changed since they were cached; return those scenes."""
-    changed = [name for name in scenes if found.scenes.get(name, scenes[name]) != scenes[name]]
-    for path in folder.glob("*.pt"):
-        if scene_of(path.stem) in changed:
-            path.unlink()
+    """Delete the tiles of scenes that changed since they were cached; return those scenes.
+
+    A scene that the manifest does not know may have tiles too: it was taken away and came back.
+    """
+    changed = {name for name in scenes if found.scenes.get(name) != scenes[name]}
+    stale = [path for path in folder.glob("*.pt") if scene_of(path.stem) in changed]
+    for path in stale:
+        path.unlink()
     write_manifest(replace(found, scenes=scenes, complete=False), folder)
-    return changed
+    return sorted({scene_of(path.stem) for path in stale})

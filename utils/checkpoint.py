@@ -4,9 +4,8 @@ A file holds plain tensors, numbers, strings, lists and dicts only, and is read 
 `weights_only=True`, so that loading one never runs code.
 """
 
+import io
 import os
-import pickle
-import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from config import Model
+from utils.cache import DAMAGE
 from utils.distributed import precision_of
 from utils.logging import VerbosityLogger
 
@@ -74,10 +74,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path}: no such checkpoint; train first, or set inference.checkpoint to one"
         )
+    stored = io.BytesIO(path.read_bytes())  # what fails from here on is the content's fault
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+        content = torch.load(stored, map_location="cpu", weights_only=True)
+    except DAMAGE as error:
+        reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{path}: damaged, or not a checkpoint ({reason})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a DINOv3Seg checkpoint of format {FORMAT}")

@@ -162,7 +162,7 @@ class PrecomputedDataset(Dataset[Sample]):
         try:
             content = load_tile(path)
             image, features, label = content["image"], content["features"], content["label"]
-        except (TileError, KeyError, TypeError, FileNotFoundError) as error:
+        except (TileError, LookupError, TypeError, FileNotFoundError) as error:
             raise CacheError(
                 f"{path}: missing or damaged ({error}); run prepare and verify again"
             ) from error
@@ -209,7 +209,7 @@ def load_split(
     if not manifest.complete:
         raise CacheError(f"{folder}: prepare did not finish here; run it again")
     names = tile_names(folder, manifest)
-    if missing := sum(manifest.tiles.values()) - len(names):
+    if (missing := sum(manifest.tiles.values()) - len(names)) > 0:
         log.warning(f"train: {missing} tiles of {folder} are missing; prepare makes them again")
     if lists.train_list is not None and lists.val_list is not None:
         split = split_by_lists(names, lists.train_list, lists.val_list)

@@ -5,12 +5,13 @@ part: GDAL's warper reads it nearest-neighbour on the scene's grid, window by wi
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 from rasterio.crs import CRS
-from rasterio.enums import Resampling
+from rasterio.enums import MaskFlags, Resampling
 from rasterio.errors import RasterioError
 from rasterio.io import DatasetReader
 from rasterio.vrt import WarpedVRT
@@ -42,20 +43,31 @@ class Labels:
     `ignore_index`.
     """
 
-    def __init__(self, path: Path, scene: Scene, source: DatasetReader, ignore_index: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        scene: Scene,
+        source: DatasetReader,
+        ignore_index: int,
+        masked: bool = False,
+    ) -> None:
         self.path = path
         self.grid = scene.grid
         self.ignore_index = ignore_index
         self._source = source
+        self._masked = masked  # whether the source's own mask is still to be applied
 
     def read(self, tile: Tile) -> np.ndarray:
         """Class ids of a tile, (height, width) int32; ignore_index past the scene's border."""
+        window = clip(tile, self.grid)
         try:
-            values = self._source.read(1, window=clip(tile, self.grid))
+            values = self._source.read(1, window=window)
+            valid = self._source.read_masks(1, window=window) > 0 if self._masked else True
         except RasterioError as error:
             cause = error.__cause__ or error
             raise RasterError(f"{self.path}: cannot read tile {tile.name} ({cause})") from error
         ids = as_ids(values, self.ignore_index, self.path)
+        ids = np.where(valid, ids, self.ignore_index)
         return pad(ids, tile, "constant", constant_values=self.ignore_index)
 
 
@@ -74,15 +86,14 @@ def as_ids(values: np.ndarray, ignore_index: int, path: Path) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def open_labels(
-    path: Path, scene: Scene, num_classes: int, ignore_index: int
-) -> Iterator[Labels]:
+def open_labels(path: Path, scene: Scene, num_classes: int, ignore_index: int) -> Iterator[Labels]:
     """Open a label raster on a scene's grid, whatever its own CRS, resolution or extent."""
     with _open_label_source(path) as dataset:
         own = grid_of(dataset)
         _check_places(path, own, scene)
         if not own.georeferenced:
-            yield Labels(path, scene, dataset, ignore_index)
+            masked = not _mask_hides_a_class(dataset, num_classes)
+            yield Labels(path, scene, dataset, ignore_index, masked)
             return
         options = {"src_nodata": None} if nodata_is_a_class(dataset, num_classes) else {}
         with WarpedVRT(
@@ -113,6 +124,11 @@ def _open_label_source(path: Path) -> Iterator[DatasetReader]:
 def nodata_is_a_class(dataset: DatasetReader, num_classes: int) -> bool:
     """Whether the value a label raster declares as nodata is one of the class numbers."""
     return dataset.nodata is not None and dataset.nodata in range(num_classes)
+
+
+def _mask_hides_a_class(dataset: DatasetReader, num_classes: int) -> bool:
+    by_nodata = MaskFlags.nodata in dataset.mask_flag_enums[0]
+    return by_nodata and nodata_is_a_class(dataset, num_classes)
 
 
 def _check_places(path: Path, own: Grid, scene: Scene) -> None:
@@ -154,10 +170,13 @@ def _extent(grid: Grid) -> str:
     return f"{west:.5f}..{east:.5f} E, {south:.5f}..{north:.5f} N"
 
 
-def label_histogram(labels: Labels, tiles: Sequence[Tile]) -> dict[int, int]:
-    """How many pixels of the tiles have which label value."""
+def label_histogram(labels: Labels) -> dict[int, int]:
+    """How many pixels of the scene have which label value."""
     counts: dict[int, int] = {}
-    for tile in tiles:
+    height, width = labels.grid.height, labels.grid.width
+    for row, col in product(range(0, height, BLOCK), range(0, width, BLOCK)):
+        window = clip(Tile(row, col, BLOCK, BLOCK), labels.grid)
+        tile = Tile(row, col, window.height, window.width)
         for value, count in zip(*np.unique(labels.read(tile), return_counts=True), strict=True):
             counts[int(value)] = counts.get(int(value), 0) + int(count)
     return counts
@@ -187,7 +206,7 @@ def source_values(path: Path, scene: Scene) -> set[int]:
         left, top, right, bottom = (int(bound) for bound in whole.bounds)
         values: set[int] = set()
         for row in range(top, bottom + 1, BLOCK):
-            rows = min(BLOCK, own.height - row)
+            rows = min(BLOCK, min(bottom + 1, own.height) - row)
             window = Window(left, row, min(right + 1, own.width) - left, rows)
             if rows > 0 and window.width > 0:
                 block = as_ids(dataset.read(1, window=window), -1, path)

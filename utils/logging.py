@@ -48,7 +48,7 @@ def duration(seconds: float) -> str:
     ('0.12 s', '1 min 15 s', '2 h 02 min')
     """
     if seconds < 59.95:
-        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
+        return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
@@ -182,7 +182,7 @@ class TimedBlock:
     >>> log = VerbosityLogger("info", timestamps=False, stream=sys.stdout)
     >>> with TimedBlock(log, "verify") as block: pass  # doctest: +ELLIPSIS
     [INFO] verify: started
-    [INFO] verify: finished in 0.00 s
+    [INFO] verify: finished in ... s
     """
 
     def __init__(self, log: VerbosityLogger, label: str) -> None:

@@ -52,13 +52,13 @@ class RawTile(NamedTuple):
 
 
 class Tally:
-    """Counts per scene: pixels of each class, ignored pixels; tiles made, reused, unlabelled."""
+    """Counts per scene: pixels of each class; tiles made, reused, unlabelled."""
 
     def __init__(self, scenes: Sequence[str], manifest: Manifest) -> None:
         self.scenes = list(scenes)
         self.num_classes = manifest.num_classes
         self.ignore_index = manifest.ignore_index
-        self.counts = torch.zeros(len(self.scenes), manifest.num_classes + 4, dtype=torch.int64)
+        self.counts = torch.zeros(len(self.scenes), manifest.num_classes + 3, dtype=torch.int64)
 
     def add(self, name: str, label: Tensor, kind: str) -> None:
         """Count a tile's label; kind is made, reused or unlabelled."""
@@ -67,8 +67,7 @@ class Tally:
         row[: self.num_classes] += torch.bincount(
             ids[ids != self.ignore_index], minlength=self.num_classes
         )
-        row[self.num_classes] += (ids == self.ignore_index).sum()
-        row[self.num_classes + 1 + ("made", "reused", "unlabelled").index(kind)] += 1
+        row[self.num_classes + ("made", "reused", "unlabelled").index(kind)] += 1
 
 
 def prepare(
@@ -193,7 +192,7 @@ def _check_label_values(label_path: Path, scene: Scene, wanted: Manifest) -> Non
     if source_values(label_path, scene) <= known:
         return
     with open_labels(label_path, scene, wanted.num_classes, wanted.ignore_index) as labels:
-        counts = label_histogram(labels, tiles(scene.grid.height, scene.grid.width, 512))
+        counts = label_histogram(labels)
     if set(counts) <= known:
         return
     histogram = ", ".join(f"{value}: {count}" for value, count in sorted(counts.items()))
@@ -268,7 +267,8 @@ def _close_cache(
 ) -> None:
     """Say what the cache holds and mark it as whole."""
     classes = tally.counts[:, : tally.num_classes]
-    ignored, made, reused, unlabelled = tally.counts[:, tally.num_classes :].unbind(1)
+    made, reused, unlabelled = tally.counts[:, tally.num_classes :].unbind(1)
+    labelled = classes.sum(1)  # each pixel counts once, so a scene's share is of its own pixels
     kept = (made + reused).tolist()
     manifest = replace(
         read_manifest(folder), tiles=dict(zip(tally.scenes, kept, strict=True)), complete=True
@@ -277,12 +277,13 @@ def _close_cache(
     for path, reason in skipped:
         log.info(f"prepare: skipped {path.name}: {reason}")
     for number, name in enumerate(tally.scenes):
-        share = ignored[number] / tally.counts[number, : tally.num_classes + 1].sum()
+        pixels = manifest.scenes[name]["height"] * manifest.scenes[name]["width"]
+        share = 1 - labelled[number] / pixels
         log.info(f"prepare: scene {name}: {kept[number]} tiles, {share:.1%} of pixels ignored")
-    labelled = classes.sum()
-    if labelled == 0:
+    if labelled.sum() == 0:
         raise CacheError(f"{folder}: no scene has a labelled pixel; check paths.label_path")
-    shares = ", ".join(f"{k}: {n / labelled:.1%}" for k, n in enumerate(classes.sum(0).tolist()))
+    of_all = (classes.sum(0) / labelled.sum()).tolist()
+    shares = ", ".join(f"{number}: {share:.1%}" for number, share in enumerate(of_all))
     log.info(f"prepare: class shares {shares}")
     log.info(
         f"prepare: {len(tally.scenes)} scenes, {made.sum()} tiles made, {reused.sum()} reused, "

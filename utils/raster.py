@@ -28,6 +28,7 @@ from shapely.geometry import Polygon, mapping, shape
 from utils.tiling import Tile
 
 BANDS = (1, 2, 3)  # red, green, blue: what the backbone sees
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the two byte orders, BigTIFF too
 SIDECARS = (".msk", ".ovr", ".aux.xml", ".tfw", ".wld", ".prj", ".tmp")
 BLOCK = 512  # rows and columns of a block of the written map
 
@@ -104,8 +105,11 @@ def grid_of(dataset: DatasetReader) -> Grid:
 
 def check_structure(path: Path) -> None:
     """Refuse a TIFF whose directory points past the file's end, before any pixel is decoded."""
-    if path.suffix.lower() not in {".tif", ".tiff"}:
+    if not path.is_file():
         return
+    with path.open("rb") as file:
+        if not file.read(4).startswith(TIFF_STARTS):
+            return
     size = path.stat().st_size
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # odd tags are no fault of structure
     try:
@@ -113,7 +117,9 @@ def check_structure(path: Path) -> None:
             ends = [np.add(page.dataoffsets, page.databytecounts).max() for page in tiff.pages]
     except (tifffile.TiffFileError, ValueError, IndexError, OverflowError, TypeError) as error:
         raise RasterError(f"{path}: damaged TIFF directory ({error})") from error
-    if max(ends, default=0) > size:
+    if not ends:
+        raise RasterError(f"{path}: damaged TIFF directory (holds no image)")
+    if max(ends) > size:
         raise RasterError(
             f"{path}: truncated: its pixels end at byte {max(ends)}, the file at byte {size}; "
             "copy it again from its source"
@@ -211,8 +217,10 @@ def find_scenes(folder: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
         try:
             with open_raster(path):
                 found.append(path)
-        except RasterError:
-            skipped.append((path, "not a raster that GDAL can open"))
+        except RasterError as error:
+            if path.is_file():
+                check_structure(path)  # a damaged TIFF is data that is missing: not to be skipped
+            skipped.append((path, f"not a raster that GDAL can open ({error.__cause__})"))
     stems = [path.stem for path in found]
     for path in found:
         if stems.count(path.stem) > 1:
@@ -221,9 +229,18 @@ def find_scenes(folder: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
 
 
 def file_identity(path: Path) -> dict[str, int]:
-    """Bytes and modification time (ns): changed when the file was."""
-    stat = path.stat()
-    return {"bytes": stat.st_size, "modified": stat.st_mtime_ns}
+    """Bytes and latest modification time (ns) of a raster and of the masks and VRT sources it uses.
+
+    Overviews and statistics do not count: viewers add them, and the pixels stay what they were.
+    """
+    with open_raster(path) as dataset:
+        parts = {Path(name) for name in dataset.files if not name.endswith((".ovr", ".aux.xml"))}
+    parts.add(path)
+    stats = [part.stat() for part in parts if part.is_file()]
+    return {
+        "bytes": sum(stat.st_size for stat in stats),
+        "modified": max(stat.st_mtime_ns for stat in stats),
+    }
 
 
 def map_nodata(num_classes: int) -> int:
@@ -284,6 +301,15 @@ class MapWriter:
             self._written += whole
             self._rows = self._rows[whole:]
 
+    def _check_whole(self) -> None:
+        """GDAL closes a file on a full disk without a word."""
+        if self._written != self._grid.height:
+            raise ValueError(f"{self.path}: {self._written} rows of {self._grid.height} written")
+        try:
+            check_structure(self._temporary)
+        except RasterError as error:
+            raise OSError(f"{self.path}: not written whole; is the disk full?") from error
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -293,6 +319,7 @@ class MapWriter:
         try:
             self._dataset.close()
             if error is None:
+                self._check_whole()
                 self._temporary.replace(self.path)
         finally:
             self._temporary.unlink(missing_ok=True)

@@ -49,8 +49,12 @@ def _named(names: Sequence[str], path: Path) -> list[str]:
     for name in names:
         members.setdefault(scene_of(name), []).append(name)
         members[name] = [name]
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise SplitError(f"{path}: not a UTF-8 text file ({error})") from error
     chosen: set[str] = set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         entry = line.partition("#")[0].strip()
         if entry and entry not in members:
             near = difflib.get_close_matches(entry, members, n=1)

@@ -1,0 +1,356 @@
+"""The cache: files that are whole, plain and exactly what the manifest promises."""
+
+import io
+import json
+import pickle
+import zipfile
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from project import manifest_of
+
+from utils import cache
+from utils.cache import (
+    MANIFEST,
+    CacheError,
+    TileError,
+    check_layout,
+    check_tile,
+    claim,
+    drop_changed,
+    load_tile,
+    read_manifest,
+    tile_names,
+    tile_path,
+    write_manifest,
+    write_tile,
+)
+
+SIZE = 32
+NAME = "north__r000000_c000000"
+MADE = manifest_of(channels=4, tile_size=SIZE, labels={"name": "l.tif", "bytes": 9, "modified": 1})
+IDENTITY = {"bytes": 1, "modified": 2, "height": 64, "width": 64}
+
+
+def content(seed: int = 0) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "image": torch.randint(0, 256, (3, SIZE, SIZE), generator=generator, dtype=torch.uint8),
+        "features": [torch.randn(4, 2, 2, generator=generator) for _ in range(2)],
+        "label": torch.randint(0, 3, (SIZE, SIZE), generator=generator, dtype=torch.uint8),
+    }
+
+
+@pytest.fixture
+def tile(tmp_path) -> Path:
+    """The file of a good tile."""
+    write_tile(tmp_path, NAME, **content())
+    return tile_path(tmp_path, NAME)
+
+
+def test_a_tile_comes_back_as_it_was_written(tile):
+    check_tile(tile, MADE)
+    written, found = content(), load_tile(tile)
+    assert torch.equal(found["image"], written["image"])
+    assert torch.equal(found["label"], written["label"])
+    for level, original in zip(found["features"], written["features"], strict=True):
+        assert torch.equal(level, original.half())
+
+
+def test_views_of_large_tensors_are_stored_as_small_copies(tmp_path):
+    scene, batch = torch.zeros(3, 512, 512, dtype=torch.uint8), torch.zeros(64, 8, 6, 6)
+    labels = torch.zeros(512, 512, dtype=torch.uint8)
+    halves = batch[:, :4, :2, :2].contiguous().half()
+    levels = [halves[5], batch[7, ::2, 1:3, 2:4]]
+    write_tile(tmp_path, NAME, scene[:, 64:96, 32:64], levels, labels[:SIZE, 5 : SIZE + 5])
+    path = tile_path(tmp_path, NAME)
+    check_tile(path, MADE)
+    for part in (load_tile(path)["image"], load_tile(path)["label"], *load_tile(path)["features"]):
+        assert type(part) is torch.Tensor
+        assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
+
+
+def test_a_file_is_hardly_larger_than_its_tensors(tmp_path):
+    image = torch.zeros(3, 256, 256, dtype=torch.uint8)
+    write_tile(tmp_path, NAME, image, [torch.zeros(1, 64, 16, 16)[0]] * 2, image[0])
+    held = 4 * 256 * 256 + 2 * 64 * 256 * 2
+    assert held <= tile_path(tmp_path, NAME).stat().st_size <= 1.05 * held
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_write_that_is_cut_short_leaves_no_tile(tmp_path, monkeypatch, error):
+    def save(_, path):
+        Path(path).write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(type(error)):
+        write_tile(tmp_path, NAME, **content())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_older_tile_stays_until_the_new_one_is_whole(tile, monkeypatch):
+    before = tile.read_bytes()
+
+    def save(_, path):
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError, match="disk full"):
+        write_tile(tile.parent, NAME, **content(1))
+    assert tile.read_bytes() == before
+
+
+# Damage
+
+
+def test_whatever_byte_is_damaged_the_tile_is_condemned_or_unharmed(tile):
+    """A flipped bit is found, or lies where nothing is stored; no other error escapes."""
+    whole, found = tile.read_bytes(), load_tile(tile)
+    condemned = 0
+    for place in range(0, len(whole), 7):
+        tile.write_bytes(whole[:place] + bytes([whole[place] ^ 0x81]) + whole[place + 1 :])
+        try:
+            check_tile(tile, MADE)
+        except TileError as error:
+            assert NAME in str(error)
+            assert "\n" not in str(error)
+            condemned += 1
+        else:
+            after = load_tile(tile)
+            assert torch.equal(after["image"], found["image"])
+            assert torch.equal(after["label"], found["label"])
+            assert all(map(torch.equal, after["features"], found["features"]))
+    assert condemned > len(whole) / 7 / 2
+
+
+def test_wherever_a_tile_is_cut_it_is_condemned(tile):
+    whole = tile.read_bytes()
+    for kept in range(0, len(whole), 97):
+        tile.write_bytes(whole[:kept])
+        for look in (load_tile, lambda path: load_tile(path, mmap=True)):
+            with pytest.raises(TileError, match=NAME):
+                look(tile)
+        with pytest.raises(TileError, match=NAME):
+            check_tile(tile, MADE)
+
+
+def test_loading_a_tile_with_a_damaged_directory_of_objects_is_a_tile_error(tile):
+    """Its checksums are right: the file is crafted, or of foreign origin."""
+    with zipfile.ZipFile(tile) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    objects = next(name for name in parts if name.endswith("data.pkl"))
+    whole = parts[objects]
+    for place in range(len(whole)):
+        parts[objects] = whole[:place] + bytes([whole[place] ^ 0x12]) + whole[place + 1 :]
+        with zipfile.ZipFile(tile, "w") as archive:
+            for name, part in parts.items():
+                archive.writestr(name, part)
+        try:
+            check_layout(NAME, load_tile(tile), MADE)
+        except TileError as error:
+            assert "\n" not in str(error)  # noqa: PT017
+
+
+CHANGES = {
+    "keys": lambda c: c.pop("label"),
+    "more keys": lambda c: c.update(mask=c["label"]),
+    "image is": lambda c: c.update(image=c["image"][:, :16]),
+    "image is (3, 32, 32) torch.float32": lambda c: c.update(image=c["image"].float()),
+    "label is": lambda c: c.update(label=c["label"].int()),
+    "label values": lambda c: c["label"].fill_(3),
+    "features are not a list of 2 levels": lambda c: c["features"].pop(),
+    "features[1] is": lambda c: c["features"].__setitem__(1, torch.zeros(4, 2, 1).half()),
+    "features[0] is": lambda c: c["features"].__setitem__(0, c["features"][0].float()),
+    "features[0] are not finite": lambda c: c["features"][0][3, 1, 1].fill_(torch.nan),
+    "features[1] are not finite": lambda c: c["features"][1][0, 0, 0].fill_(-torch.inf),
+    "image is <class 'list'>": lambda c: c.update(image=[1]),
+}
+
+
+@pytest.mark.parametrize("said", CHANGES)
+def test_a_tile_that_is_not_what_the_manifest_promises_is_condemned(tile, said):
+    stored = load_tile(tile)
+    CHANGES[said](stored)
+    torch.save(stored, tile)
+    with pytest.raises(TileError) as caught:
+        check_tile(tile, MADE)
+    assert said.removeprefix("more ") in str(caught.value)
+
+
+def test_ignored_pixels_are_no_label_values(tile):
+    stored = load_tile(tile)
+    stored["label"].fill_(MADE.ignore_index)
+    torch.save(stored, tile)
+    check_tile(tile, MADE)
+
+
+class Evil:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda o, p: p.write_bytes(pickle.dumps(o))])
+def test_code_in_a_tile_is_never_run(tile, tmp_path, save):
+    save({**content(), "image": Evil(tmp_path / "ran")}, tile)
+    for look in (load_tile, lambda path: check_tile(path, MADE)):
+        with pytest.raises(TileError):
+            look(tile)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_failing_read_is_not_the_tiles_fault(tile, monkeypatch):
+    for error in (PermissionError(13, "denied"), OSError(5, "I/O error"), MemoryError()):
+
+        def refuse(*_, error=error, **__):
+            raise error
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "open", refuse)
+            patched.setattr(io, "open", refuse)
+            patched.setattr("builtins.open", refuse)
+            for look in (load_tile, lambda path: check_tile(path, MADE)):
+                with pytest.raises(type(error)):
+                    look(tile)
+
+
+def test_torch_out_of_memory_is_a_memory_error(tile, monkeypatch):
+    def load(*_, **__):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(MemoryError):
+        check_tile(tile, MADE)
+
+
+# The manifest
+
+
+def test_a_manifest_comes_back_as_it_was_written(tmp_path):
+    made = replace(MADE, scenes={"north": IDENTITY}, tiles={"north": 4}, complete=True)
+    write_manifest(made, tmp_path)
+    assert read_manifest(tmp_path) == made
+    assert [path.name for path in tmp_path.iterdir()] == [MANIFEST]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("{", "not a manifest"), ("[]", "not a manifest"), ("null", "not a manifest"),
+     ('{"format": 1}', "not a manifest"), ('{"format": 99}', "format 99, expected 1")],
+)  # fmt: skip
+def test_a_manifest_that_cannot_be_read_is_refused(tmp_path, text, said):
+    (tmp_path / MANIFEST).write_text(text)
+    with pytest.raises(CacheError, match=said):
+        read_manifest(tmp_path)
+
+
+def test_a_folder_without_manifest_says_to_prepare(tmp_path):
+    with pytest.raises(CacheError, match="run prepare first"):
+        read_manifest(tmp_path)
+
+
+DIFFERENCES = {
+    "backbone_hash": ("f" * 64, "model.backbone"),
+    "layers": ([1, 2], "model.layers"),
+    "image_mean": ([0.1, 0.2, 0.3], "model.image_mean"),
+    "precision": ("bf16", "prepare.device"),
+    "tile_size": (64, "prepare.tile_size"),
+    "num_classes": (4, "model.num_classes"),
+    "ignore_index": (254, "dataset.ignore_index"),
+    "labels": ({"name": "l.tif", "bytes": 9, "modified": 2}, "paths.label_path"),
+    "norm": ("none", "norm"),
+}
+
+
+@pytest.mark.parametrize("field", DIFFERENCES)
+def test_a_cache_made_with_other_settings_is_refused_in_one_line(tmp_path, field):
+    claim(MADE, tmp_path)
+    value, key = DIFFERENCES[field]
+    with pytest.raises(CacheError) as caught:
+        claim(replace(MADE, **{field: value}), tmp_path)
+    line = str(caught.value)
+    assert f"made with {field} " in line
+    assert f"({key})" in line
+    assert "delete the folder" in line
+    assert "\n" not in line
+    assert read_manifest(tmp_path) == MADE
+
+
+def test_of_several_differences_the_first_field_is_named(tmp_path):
+    """Another backbone differs in channels as well; what the reader changed comes first."""
+    claim(MADE, tmp_path)
+    other = replace(MADE, backbone_hash="f" * 64, channels=8, layers=[1, 2], tile_size=64)
+    with pytest.raises(CacheError, match="made with backbone_hash"):
+        claim(other, tmp_path)
+
+
+def test_the_same_weights_under_another_name_go_on_with_the_cache(tmp_path):
+    made = claim(replace(MADE, scenes={"north": IDENTITY}), tmp_path)
+    assert claim(replace(MADE, backbone="/elsewhere"), tmp_path) == made
+
+
+def test_a_folder_with_tiles_of_unknown_origin_is_refused(tile):
+    with pytest.raises(CacheError, match="no manifest.json"):
+        claim(MADE, tile.parent)
+    assert tile.exists()
+
+
+def test_json_of_the_manifest_is_readable(tmp_path):
+    write_manifest(MADE, tmp_path)
+    assert json.loads((tmp_path / MANIFEST).read_text()) == asdict(MADE)
+
+
+# Scenes that change
+
+
+def cached(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / f"{name}.pt").write_bytes(b"")
+
+
+def test_only_the_tiles_of_a_changed_scene_are_dropped(tmp_path):
+    cached(tmp_path, "north__r0_c0", "north__r0_c1", "south__r0_c0", "notes")
+    other = {**IDENTITY, "modified": 3}
+    found = replace(MADE, scenes={"north": IDENTITY, "south": IDENTITY}, complete=True)
+    changed = drop_changed(found, {"north": other, "south": IDENTITY}, tmp_path)
+    assert changed == ["north"]
+    assert sorted(path.stem for path in tmp_path.glob("*.pt")) == ["notes", "south__r0_c0"]
+    assert read_manifest(tmp_path).scenes["north"] == other
+    assert not read_manifest(tmp_path).complete
+
+
+def test_a_scene_that_was_taken_away_changed_and_came_back_is_made_again(tmp_path):
+    cached(tmp_path, "north__r0_c0", "south__r0_c0")
+    found = replace(MADE, scenes={"north": IDENTITY, "south": IDENTITY})
+    assert drop_changed(found, {"south": IDENTITY}, tmp_path) == []
+    found = read_manifest(tmp_path)
+    assert tile_names(tmp_path, found) == ["south__r0_c0"]
+    both = {"north": {**IDENTITY, "modified": 3}, "south": IDENTITY}
+    assert drop_changed(found, both, tmp_path) == ["north"]
+    assert tile_names(tmp_path, read_manifest(tmp_path)) == ["south__r0_c0"]
+
+
+def test_a_new_scene_is_not_called_changed(tmp_path):
+    assert drop_changed(MADE, {"north": IDENTITY}, tmp_path) == []
+
+
+def test_files_of_other_origin_are_no_tiles(tmp_path):
+    cached(tmp_path, "north__r0_c0", "a__b__r0_c0", "notes", "gone__r0_c0", ".north__r0_c1")
+    (tmp_path / "north__r0_c1.txt").write_text("")
+    made = replace(MADE, scenes={"north": IDENTITY, "a__b": IDENTITY})
+    assert tile_names(tmp_path, made) == ["a__b__r0_c0", "north__r0_c0"]
+
+
+def test_labels_have_the_smallest_type_that_holds_them():
+    assert MADE.label_dtype == torch.uint8
+    assert replace(MADE, ignore_index=256).label_dtype == torch.int32
+    assert replace(MADE, num_classes=300, ignore_index=65535).label_dtype == torch.int32
+    assert torch.float16 == cache.FEATURE_DTYPE

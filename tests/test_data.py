@@ -1,0 +1,445 @@
+"""Verify, samples and loaders: bad tiles go, flips keep places together, epochs are exact."""
+
+import gc
+import random
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from project import manifest_of
+from torch import Tensor
+
+import main
+from config import Augmentations, Splits, Train
+from utils import cache
+from utils.cache import CacheError, load_tile, read_manifest, tile_path, write_manifest, write_tile
+from utils.data import (
+    EpochSampler,
+    PrecomputedDataset,
+    Turn,
+    draw_turn,
+    load_split,
+    make_loaders,
+    verify,
+)
+from utils.distributed import Runtime
+from utils.logging import VerbosityLogger
+from utils.splits import Split
+
+SIZE, CELLS, LEVELS = 64, 4, 2
+OFF = Augmentations(enable=False)
+NAMES = [f"north__r{64 * row:06d}_c{64 * col:06d}" for row in range(3) for col in range(4)]
+IDENTITY = {"bytes": 1, "modified": 2, "height": 192, "width": 256}
+
+
+def placed_tile() -> dict:
+    """A tile each of whose numbers tells its place: patch by patch in all three parts."""
+    cell = torch.arange(CELLS * CELLS).reshape(CELLS, CELLS)
+    pixel = cell.repeat_interleave(16, 0).repeat_interleave(16, 1)
+    inside = (torch.arange(SIZE)[:, None] % 16 * 16 + torch.arange(SIZE) % 16).expand(SIZE, SIZE)
+    return {
+        "image": torch.stack([pixel, inside, inside.flip(0)]).to(torch.uint8),
+        "features": [torch.stack([cell, -cell]) + 100.0 * level for level in range(LEVELS)],
+        "label": pixel.to(torch.uint8),
+    }
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A finished cache of twelve tiles whose numbers tell their places."""
+    scenes = {"north": IDENTITY}
+    made = manifest_of(
+        channels=2, num_classes=16, scenes=scenes, tiles={"north": 12}, complete=True
+    )
+    write_manifest(made, tmp_path)
+    for name in NAMES:
+        write_tile(tmp_path, name, **placed_tile())
+    return tmp_path
+
+
+# Flips and quarter turns
+
+
+def turned_of(sample) -> list[Tensor]:
+    """What each part of a sample says of where its patches come from, patch by patch."""
+    by_features = [level[0] - 100 * number for number, level in enumerate(sample.features)]
+    by_sign = [-(level[1] - 100 * number) for number, level in enumerate(sample.features)]
+    return [sample.image[0, 8::16, 8::16], sample.label[8::16, 8::16], *by_features, *by_sign]
+
+
+def test_image_features_and_label_are_turned_alike(folder):
+    data = PrecomputedDataset(folder, NAMES, Augmentations(), seed=5)
+    for index in range(60):
+        sample = data[index]
+        first, *others = (part.float() for part in turned_of(sample))
+        assert all(torch.equal(first, part) for part in others)
+        assert torch.equal(sample.image[0], sample.label)
+        for part in (sample.image, sample.label, *sample.features):
+            assert part.is_contiguous()
+
+
+def test_all_eight_ways_to_lay_a_tile_occur_and_no_more(folder):
+    data = PrecomputedDataset(folder, NAMES, Augmentations(), seed=0)
+    seen = [tuple(data[index].label[8::16, 8::16].flatten().tolist()) for index in range(400)]
+    assert len(set(seen)) == 8
+    assert min(seen.count(way) for way in set(seen)) > 20
+
+
+def test_turns_within_a_patch_follow_the_patches(folder):
+    """The pixels of a patch are turned with it, not only moved along."""
+    original = placed_tile()["image"]
+    data = PrecomputedDataset(folder, NAMES, Augmentations(), seed=1)
+    for index in range(20):
+        turn = draw_turn(Augmentations(), 1, *divmod(index, len(NAMES)))
+        expected = original.flip(-1) if turn.hflip else original
+        expected = expected.flip(-2) if turn.vflip else expected
+        for _ in range(turn.quarters):  # once counter-clockwise: columns from the right become rows
+            expected = expected.transpose(-2, -1).flip(-2)
+        assert torch.equal(data[index].image, expected)
+
+
+@pytest.mark.parametrize(
+    ("keys", "ways"),
+    [
+        ({"enable": False}, 1),
+        ({"hflip": False, "vflip": False, "rotate90": False}, 1),
+        ({"vflip": False, "rotate90": False}, 2),
+        ({"rotate90": False}, 4),
+        ({"hflip": False, "vflip": False}, 4),
+    ],
+)
+def test_only_what_is_switched_on_is_drawn(keys, ways):
+    settings = Augmentations(**keys)
+    assert len({draw_turn(settings, 0, 0, index) for index in range(200)}) == ways
+
+
+@given(st.integers(0, 99), st.integers(0, 99), st.integers(0, 999))
+def test_a_draw_depends_on_seed_epoch_and_tile_only(seed, epoch, index):
+    before = draw_turn(Augmentations(), seed, epoch, index)
+    random.seed(index)
+    assert draw_turn(Augmentations(), seed, epoch, index) == before
+
+
+def test_draws_differ_between_seeds_epochs_and_tiles():
+    settings = Augmentations()
+    for vary in (lambda n: (n, 0, 0), lambda n: (0, n, 0), lambda n: (0, 0, n)):
+        assert len({draw_turn(settings, *vary(number)) for number in range(100)}) > 8
+
+
+def test_validation_samples_are_as_cached(folder):
+    for index, sample in enumerate(PrecomputedDataset(folder, NAMES)):
+        expected = placed_tile()
+        assert torch.equal(sample.image, expected["image"])
+        assert torch.equal(sample.label, expected["label"])
+        assert sample.name == NAMES[index]
+        if index + 1 == len(NAMES):
+            break
+
+
+def test_four_quarter_turns_and_two_flips_are_nothing():
+    tensor = torch.arange(16).reshape(4, 4)
+    quarter = Turn(hflip=False, vflip=False, quarters=1)
+    flip = Turn(hflip=True, vflip=False, quarters=0)
+    turned = tensor
+    for _ in range(4):
+        turned = quarter.apply(turned)
+    assert torch.equal(turned, tensor)
+    assert torch.equal(flip.apply(flip.apply(tensor)), tensor)
+
+
+# Order
+
+
+@given(st.integers(1, 60), st.integers(1, 5), st.integers(0, 9), st.integers(1, 7))
+def test_the_ranks_steps_together_are_the_steps_of_one_process(length, world, epoch, batch):
+    def order(rank: int, world_size: int) -> list[int]:
+        sampler = EpochSampler(length, 3, rank, world_size)
+        sampler.epoch = epoch
+        found = list(sampler)
+        assert len(found) == len(sampler)
+        return found
+
+    alone, ranks = order(0, 1), [order(rank, world) for rank in range(world)]
+    assert sorted(alone) == list(range(epoch * length, (epoch + 1) * length))
+    padded = alone + (alone * world)[: -length % world]
+    for start in range(0, len(ranks[0]), batch):
+        together = [index for part in ranks for index in part[start : start + batch]]
+        wide = padded[start * world : (start + batch) * world]
+        assert sorted(together) == sorted(wide)
+
+
+def test_epochs_have_other_orders_and_seeds_too():
+    def order(seed: int, epoch: int) -> tuple[int, ...]:
+        sampler = EpochSampler(20, seed, 0, 1)
+        sampler.epoch = epoch
+        return tuple(index % 20 for index in sampler)
+
+    assert len({order(seed, epoch) for seed in range(4) for epoch in range(5)}) == 20
+    assert order(2, 3) == order(2, 3)
+
+
+def loaders_of(folder: Path, workers: int, run: Runtime | None = None, batch_size: int = 5):
+    section = Train(processed_dir=folder, batch_size=batch_size, num_workers=workers)
+    split = Split(train=NAMES[:9], val=NAMES[9:])
+    return make_loaders(split, section, Augmentations(), 11, run or Runtime())
+
+
+def epoch_of(loaders, epoch: int) -> dict[str, Tensor]:
+    """The labels of an epoch by name, each tile once."""
+    loaders.sampler.epoch = epoch
+    labels = {}
+    for batch in loaders.train:
+        assert batch.image.dtype == torch.uint8
+        for name, label in zip(batch.name, batch.label, strict=True):
+            assert name not in labels
+            labels[name] = label
+    return labels
+
+
+def test_workers_that_stay_see_each_epoch_as_one_process_does(folder):
+    alone, workers = loaders_of(folder, 0), loaders_of(folder, 2)
+    assert workers.train.persistent_workers
+    epochs = []
+    for epoch in range(3):
+        expected, found = epoch_of(alone, epoch), epoch_of(workers, epoch)
+        assert list(found) == list(expected)
+        assert sorted(found) == NAMES[:9]
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+        epochs.append(torch.stack([found[name] for name in sorted(found)]))
+    assert not torch.equal(epochs[0], epochs[1])
+    assert not torch.equal(epochs[1], epochs[2])
+
+
+def test_validation_is_every_tile_once_among_the_ranks(folder):
+    names = [
+        name
+        for rank in range(2)
+        for batch in loaders_of(folder, 0, Runtime(rank, rank, 2)).val
+        for name in batch.name
+    ]
+    assert sorted(names) == NAMES[9:]
+
+
+def test_a_rank_without_a_tile_to_validate_has_no_batch(folder):
+    assert list(loaders_of(folder, 0, Runtime(7, 7, 8)).val) == []
+
+
+# Damaged tiles in training
+
+
+def break_cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-900])
+
+
+def break_gone(path: Path) -> None:
+    path.unlink()
+
+
+def break_empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def break_keys(path: Path) -> None:
+    torch.save({"image": torch.zeros(1)}, path)
+
+
+def break_kind(path: Path) -> None:
+    torch.save(torch.zeros(3), path)
+
+
+def clean_line(folder: Path, workers: int) -> str:
+    """What the program says of an epoch that fails, and that its exit code is that of bad data."""
+    with pytest.raises(CacheError) as caught:
+        epoch_of(loaders_of(folder, workers), 0)
+    assert main.exit_code_of(caught.value) == 3
+    return main.one_line(caught.value)
+
+
+@pytest.mark.parametrize("harm", [break_cut, break_gone, break_empty, break_keys, break_kind])
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
+def test_a_damaged_tile_ends_training_with_one_clean_line(folder, harm):
+    path = tile_path(folder, NAMES[4])
+    harm(path)
+    line = clean_line(folder, workers=0)
+    assert line.startswith(f"{path}: missing or damaged (")
+    assert line.endswith("run prepare and verify again")
+    assert "\n" not in line
+
+
+def test_a_damaged_tile_in_a_worker_is_told_like_one_in_this_process(folder, monkeypatch):
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)  # to end sooner
+    break_cut(tile_path(folder, NAMES[4]))
+    line = clean_line(folder, workers=1)
+    gc.collect()
+    assert line == clean_line(folder, workers=0)
+
+
+# Splits
+
+
+def split_of(folder: Path, log: VerbosityLogger, **lists):
+    section = Train(processed_dir=folder, val_fraction=0.25)
+    return load_split(section, Splits(**lists), 1, log)
+
+
+def test_a_split_is_made_of_the_cached_tiles(folder, log):
+    manifest, split = split_of(folder, log)
+    assert manifest.complete
+    assert sorted(split.train + split.val) == NAMES
+    assert len(split.val) == 3
+    assert "9 tiles to train on, 3 to validate" in log.stream.getvalue()
+
+
+def test_lists_decide_where_they_are_given(folder, log, tmp_path_factory):
+    lists = tmp_path_factory.mktemp("lists")
+    (lists / "train.txt").write_text("\n".join(NAMES[:5]))
+    (lists / "val.txt").write_text(NAMES[7])
+    _, split = split_of(folder, log, train_list=lists / "train.txt", val_list=lists / "val.txt")
+    assert split == Split(NAMES[:5], [NAMES[7]])
+
+
+def test_an_unfinished_or_missing_cache_is_refused(folder, log):
+    write_manifest(manifest_of(), folder)
+    with pytest.raises(CacheError, match="did not finish"):
+        split_of(folder, log)
+    with pytest.raises(CacheError, match="run prepare first"):
+        split_of(folder / "nowhere", log)
+
+
+def test_missing_tiles_are_told_and_foreign_ones_left_out(folder, log):
+    tile_path(folder, NAMES[0]).unlink()
+    write_tile(folder, "south__r000000_c000000", **placed_tile())
+    _, split = split_of(folder, log)
+    assert sorted(split.train + split.val) == NAMES[1:]
+    assert "1 tiles of" in log.stream.getvalue()
+    assert "are missing" in log.stream.getvalue()
+
+
+# Verify
+
+
+def run_verify(folder: Path, log: VerbosityLogger, workers: int = 1) -> str:
+    verify(folder, workers, Runtime(), log)
+    return log.stream.getvalue()
+
+
+def rewrite(change):
+    def harm(path: Path) -> None:
+        stored = load_tile(path)
+        change(stored)
+        torch.save(stored, path)
+
+    return harm
+
+
+def flip_a_bit(path: Path) -> None:
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(placed_tile()["label"].numpy().tobytes()) + 77] ^= 4
+    path.write_bytes(whole)
+
+
+def plant_code(path: Path) -> None:
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (path.with_name("ran"),)
+
+    torch.save({**placed_tile(), "image": Evil()}, path)
+
+
+HARMS = {
+    "not a whole file": lambda path: path.write_bytes(path.read_bytes()[:-700]),
+    "checksum of": flip_a_bit,
+    "image is (3, 64, 32)": rewrite(lambda s: s.update(image=s["image"][..., :32].clone())),
+    "label is (64, 64) torch.int64": rewrite(lambda s: s.update(label=s["label"].long())),
+    "features[1] are not finite": rewrite(lambda s: s["features"][1][0, 0, 0].fill_(torch.nan)),
+    "label values outside 0..15": rewrite(lambda s: s["label"][3, 3].fill_(16)),
+    "keys are not image, features, label": rewrite(lambda s: s.pop("features")),
+    "cannot be loaded": plant_code,
+}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_verify_deletes_exactly_the_bad_tiles_and_says_why(folder, log, workers):
+    (folder / "notes.pt").write_text("mine")
+    expected = dict(zip(NAMES[1:9], HARMS, strict=True))
+    for name, reason in expected.items():
+        HARMS[reason](tile_path(folder, name))
+    said = run_verify(folder, log, workers)
+    left = {path.stem for path in folder.glob("*.pt")}
+    assert left == set(NAMES) - set(expected) | {"notes"}
+    for name, reason in expected.items():
+        [line] = [line for line in said.splitlines() if f"{name}.pt" in line]
+        assert line.startswith(f"[WARNING] verify: deleted {name}.pt: ")
+        assert reason in line
+    assert "verify: 12 tiles checked, 8 deleted" in said
+    assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "denied"), OSError(5, "I/O error"), MemoryError()]
+)
+def test_verify_deletes_nothing_for_its_own_trouble(folder, log, monkeypatch, workers, error):
+    def refuse(*_, **__):
+        raise error
+
+    made = read_manifest(folder)
+    with monkeypatch.context() as patched:
+        patched.setattr("utils.data.read_manifest", lambda _: made)
+        patched.setattr(Path, "open", refuse)
+        patched.setattr(Path, "read_bytes", refuse)
+        patched.setattr(torch, "load", refuse)
+        with pytest.raises(type(error)):
+            run_verify(folder, log, workers)
+    assert len(list(folder.glob("*.pt"))) == 12
+
+
+@pytest.mark.parametrize("failing", ["load_tile", "check_layout"])
+def test_verify_deletes_nothing_when_memory_runs_out_on_the_way(folder, log, monkeypatch, failing):
+    def refuse(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(cache, failing, refuse)
+    with pytest.raises(MemoryError):
+        run_verify(folder, log)
+    assert len(list(folder.glob("*.pt"))) == 12
+
+
+def test_a_worker_that_dies_condemns_no_tile(folder, log, monkeypatch):
+    """As the kernel kills one that takes too much memory."""
+    monkeypatch.setattr(cache, "load_tile", lambda *_, **__: __import__("os")._exit(9))
+    with pytest.raises(BrokenProcessPool) as caught:
+        run_verify(folder, log, workers=2)
+    assert main.exit_code_of(caught.value) == 4
+    assert len(list(folder.glob("*.pt"))) == 12
+
+
+def test_nothing_left_is_an_error(folder, log):
+    for name in NAMES:
+        break_cut(tile_path(folder, name))
+    with pytest.raises(CacheError, match="no sound tile left; run prepare again"):
+        run_verify(folder, log)
+    with pytest.raises(CacheError, match="no sound tile left"):
+        run_verify(folder, log)
+
+
+def test_ranks_share_the_tiles_to_verify(folder, log):
+    class Alone(Runtime):
+        def sum(self, tensor):
+            return tensor
+
+    for rank in range(2):
+        verify(folder, 1, Alone(rank, rank, 2), log)
+    assert log.stream.getvalue().count("6 tiles checked, 0 deleted") == 2
+
+
+def test_tiles_of_a_removed_scene_are_neither_verified_nor_trained_on(folder, log):
+    made = manifest_of(channels=2, num_classes=16, scenes={"south": IDENTITY}, complete=True)
+    write_manifest(made, folder)
+    break_cut(tile_path(folder, NAMES[0]))
+    write_tile(folder, "south__r000000_c000000", **placed_tile())
+    assert "1 tiles checked, 0 deleted" in run_verify(folder, log)
+    assert len(list(folder.glob("*.pt"))) == 13
