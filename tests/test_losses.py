@@ -1,4 +1,7 @@
-"""Losses: equal to a dense float64 reference, and the same however a batch is split."""
+"""Losses: equal to a dense float64 reference, and the same however a batch is split.
+
+What holds for the plain loss holds with class weights, label smoothing and focal loss too.
+"""
 
 import math
 from typing import NamedTuple
@@ -10,9 +13,24 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from utils.losses import DiceLoss, SegmentationLoss, cross_entropy
+from utils.losses import (
+    DiceLoss,
+    SegmentationLoss,
+    balanced_weights,
+    cross_entropy,
+    focal_factor,
+)
 
 CLASSES, IGNORE = 4, 255
+WEIGHTS = [0.2, 3.0, 0.0, 1.5]
+OPTIONS = [
+    {},
+    {"class_weights": WEIGHTS},
+    {"label_smoothing": 0.1},
+    {"focal_gamma": 2.0},
+    {"class_weights": WEIGHTS, "label_smoothing": 0.2, "focal_gamma": 0.5},
+]
+every_option = pytest.mark.parametrize("options", OPTIONS, ids=lambda one: "+".join(one) or "plain")
 
 
 class Output(NamedTuple):
@@ -40,6 +58,14 @@ def dice_of_image(logits: Tensor, label: Tensor) -> float:
         if y.sum():
             losses.append(1 - 2 * (p * y).sum() / (p.sum() + y.sum()))
     return float(sum(losses) / len(losses)) if losses else 0.0
+
+
+def ce_of_pixel(logits: Tensor, true: int, weights: list[float], smoothing: float, gamma: float):
+    """Cross entropy of one pixel (K,), class by class and in float64."""
+    p = logits.double().softmax(dim=0)
+    wanted = [smoothing / CLASSES + (1 - smoothing) * (k == true) for k in range(CLASSES)]
+    parts = [-w * q * math.log(x) for w, q, x in zip(weights, wanted, p.tolist(), strict=True)]
+    return (1 - p[true].item()) ** gamma * math.fsum(parts)
 
 
 SHARES = st.lists(st.sampled_from([0.0, 0.3, 0.9, 1.0]), min_size=1, max_size=5).map(tuple)
@@ -73,11 +99,12 @@ def test_cross_entropy_equals_torch_and_is_zero_without_labels(seed, ignored):
     ignored=SHARES.filter(lambda shares: len(shares) > 1),
     cuts=st.lists(st.integers(1, 4), min_size=1, max_size=3),
 )
+@every_option
 def test_any_split_recombined_by_labelled_pixels_gives_the_same_loss_and_gradient(
-    seed, ignored, cuts
+    options, seed, ignored, cuts
 ):
     logits, label = batch(seed, ignored)
-    loss = SegmentationLoss(CLASSES)
+    loss = SegmentationLoss(CLASSES, **options)
     whole = logits.clone().requires_grad_()
     total = loss(Output(whole, (0.5 * whole, whole.flip(1))), label).total
     total.backward()
@@ -95,19 +122,127 @@ def test_any_split_recombined_by_labelled_pixels_gives_the_same_loss_and_gradien
     torch.testing.assert_close(split.grad, whole.grad, rtol=1e-5, atol=1e-7)
 
 
-def test_an_ignored_batch_contributes_zero_and_a_zero_gradient():
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    ignored=SHARES,
+    weights=st.lists(st.floats(0, 10), min_size=CLASSES, max_size=CLASSES),
+    smoothing=st.sampled_from([0.0, 0.1, 1.0]),
+    gamma=st.sampled_from([0.0, 0.5, 1.0, 2.0, 5.0]),
+)
+def test_cross_entropy_with_every_option_equals_a_sum_over_pixels(
+    seed, ignored, weights, smoothing, gamma
+):
+    logits, label = batch(seed, ignored, size=(3, 2))
+    pixels = zip(logits.movedim(1, -1)[label != IGNORE], label[label != IGNORE], strict=True)
+    losses = [ce_of_pixel(x, int(k), weights, smoothing, gamma) for x, k in pixels]
+    ours = cross_entropy(logits, label, IGNORE, torch.tensor(weights), smoothing, gamma)
+    wanted = math.fsum(losses) / max(len(losses), 1)
+    assert ours.item() == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+
+
+def test_label_smoothing_is_that_of_torch():
+    logits, label = batch(8, (0.3, 0.0))
+    wanted = F.cross_entropy(logits, label, ignore_index=IGNORE, label_smoothing=0.1)
+    torch.testing.assert_close(cross_entropy(logits, label, IGNORE, label_smoothing=0.1), wanted)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_class_weights_are_those_of_torch_but_divided_by_pixels(smoothing):
+    logits, label = batch(9, (0.3, 0.0))
+    weights, labelled = torch.tensor(WEIGHTS), label[label != IGNORE]
+    mean = F.cross_entropy(
+        logits, label, weights, ignore_index=IGNORE, label_smoothing=smoothing
+    )  # divided by the weights of the labelled pixels
+    wanted = mean * weights[labelled].sum() / len(labelled)
+    torch.testing.assert_close(cross_entropy(logits, label, IGNORE, weights, smoothing), wanted)
+
+
+def test_defaults_are_plain_cross_entropy_bit_for_bit():
+    logits, label = batch(10, (0.3, 0.0), size=(64, 48))
+    total = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum")
+    off = {"class_weights": None, "label_smoothing": 0.0, "focal_gamma": 0.0}
+    found = SegmentationLoss(CLASSES)(Output(logits), label)
+    assert torch.equal(found.ce, total / (label != IGNORE).sum())
+    assert torch.equal(found.dice, DiceLoss(CLASSES, IGNORE)(logits, label))
+    assert torch.equal(found.total, found.ce + found.dice)
+    assert found == SegmentationLoss(CLASSES, **off)(Output(logits), label)
+
+
+@every_option
+def test_options_leave_dice_alone_and_reach_the_auxiliary_outputs(options):
+    logits, label = batch(11, (0.3, 0.0))
+    plain = SegmentationLoss(CLASSES)(Output(logits, (logits,)), label)
+    found = SegmentationLoss(CLASSES, **options)(Output(logits, (logits,)), label)
+    assert torch.equal(found.dice, plain.dice)
+    assert torch.equal(found.aux, found.ce + found.dice)
+    assert torch.equal(found.ce, plain.ce) == (not options)
+
+
+@pytest.mark.parametrize("gamma", [0.1, 1.0, 2.0, 5.0])
+def test_focal_gradient_is_right(gamma):
+    logits, label = batch(12, (0.0,), size=(3, 2))
+    logits = logits.double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: focal_factor(x, label, gamma), (logits,))
+
+
+@every_option
+@pytest.mark.parametrize("size", [20.0, 65504.0, 1e30])
+@pytest.mark.parametrize("right", [True, False])
+def test_extreme_logits_keep_loss_and_gradient_finite(options, size, right):
+    label = torch.arange(CLASSES).view(1, 2, 2)
+    confident = size * (2.0 * F.one_hot(label, CLASSES).permute(0, 3, 1, 2) - 1)
+    logits = (confident if right else -confident).requires_grad_()
+    parts = SegmentationLoss(CLASSES, **options)(Output(logits), label)
+    parts.total.backward()
+    assert all(part.isfinite() for part in parts)
+    assert logits.grad.isfinite().all()
+
+
+@given(counts=st.lists(st.integers(0, 10**12), min_size=1, max_size=9).filter(any))
+def test_balanced_weights_average_one_over_the_pixels_and_fall_with_the_root(counts):
+    weights = balanced_weights(torch.tensor(counts))
+    pairs = list(zip(counts, weights, strict=True))
+    assert sum(n * w for n, w in pairs) / sum(counts) == pytest.approx(1)
+    constant = [w * math.sqrt(n) for n, w in pairs if n]
+    assert constant == pytest.approx([constant[0]] * len(constant))
+    assert {w for n, w in pairs if n == 0} <= {max(w for n, w in pairs if n)}
+
+
+@pytest.mark.parametrize("counts", [[0, 0], [[3, 1], [2, 2]], []])
+def test_balanced_weights_name_counts_that_are_none(counts):
+    with pytest.raises(ValueError, match="expected one number a class"):
+        balanced_weights(torch.tensor(counts, dtype=torch.int64))
+
+
+def test_class_weights_must_be_one_a_class():
+    with pytest.raises(ValueError, match="3 class weights for 4 classes"):
+        SegmentationLoss(CLASSES, class_weights=[1.0, 1.0, 1.0])
+
+
+def test_class_weights_follow_the_logits_and_are_no_state():
+    loss = SegmentationLoss(CLASSES, class_weights=[1, 2, 3, 4])
+    label = torch.zeros(1, 4, 4, dtype=torch.long, device="meta")
+    logits = torch.zeros(1, CLASSES, 4, 4, device="meta")
+    assert loss(Output(logits), label).total.device.type == "meta"
+    assert not loss.state_dict()
+
+
+@every_option
+def test_an_ignored_batch_contributes_zero_and_a_zero_gradient(options):
     logits, label = batch(0, (1.0, 1.0))
     logits.requires_grad_()
-    parts = SegmentationLoss(CLASSES)(Output(logits, (2 * logits,)), label)
+    parts = SegmentationLoss(CLASSES, **options)(Output(logits, (2 * logits,)), label)
     parts.total.backward()
     assert [part.item() for part in parts] == [0.0] * 4
     assert torch.equal(logits.grad, torch.zeros_like(logits))
 
 
-def test_ignored_pixels_change_nothing():
+@every_option
+def test_ignored_pixels_change_nothing(options):
     logits, label = batch(1, (0.4, 0.4))
     other = torch.where((label == IGNORE).unsqueeze(1), 10 * torch.randn_like(logits), logits)
-    loss = SegmentationLoss(CLASSES)
+    loss = SegmentationLoss(CLASSES, **options)
     torch.testing.assert_close(loss(Output(other), label), loss(Output(logits), label))
 
 
@@ -149,23 +284,26 @@ def test_aux_stays_in_the_graph_at_weight_zero():
     assert torch.equal(aux.grad, torch.zeros_like(aux))
 
 
-def test_computes_in_float32_under_autocast_and_from_bfloat16():
+@every_option
+def test_computes_in_float32_under_autocast_and_from_bfloat16(options):
     logits, label = batch(5, (0.2, 0.0), size=(64, 48))
     half = logits.bfloat16()
-    wanted = SegmentationLoss(CLASSES)(Output(half.float()), label)
+    loss = SegmentationLoss(CLASSES, **options)
+    wanted = loss(Output(half.float()), label)
     for autocast in (True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            found = SegmentationLoss(CLASSES)(Output(half), label)
+            found = loss(Output(half), label)
         assert all(part.dtype == torch.float32 for part in found)
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
 @pytest.mark.parametrize("wrong", [CLASSES, -1])
-def test_labels_outside_the_classes_raise(wrong):
+def test_labels_outside_the_classes_raise(wrong, gamma):
     logits, label = batch(6, (0.0,))
     label[0, 0, 0] = wrong
     with pytest.raises(IndexError):
-        cross_entropy(logits, label, IGNORE)
+        cross_entropy(logits, label, IGNORE, focal_gamma=gamma)
     with pytest.raises(RuntimeError):
         DiceLoss(CLASSES, IGNORE)(logits, label)
 
@@ -176,7 +314,9 @@ def test_dice_names_the_shapes_that_do_not_fit(shape):
         DiceLoss(CLASSES, IGNORE)(torch.zeros(shape), torch.zeros(2, 6, 5, dtype=torch.long))
 
 
-def test_nan_logits_are_not_hidden():
+@every_option
+def test_nan_logits_are_not_hidden(options):
     logits, label = batch(7, (0.0,))
     logits[0, 0, 0, 0] = math.nan
-    assert all(part.isnan() for part in SegmentationLoss(CLASSES)(Output(logits), label)[:3])
+    parts = SegmentationLoss(CLASSES, **options)(Output(logits), label)
+    assert all(part.isnan() for part in parts[:3])
