@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from config import Config, ConfigError, find_config, load_config, to_yaml
 
 if TYPE_CHECKING:
+    from utils.cache import Manifest
     from utils.distributed import Runtime
     from utils.logging import VerbosityLogger
 
@@ -88,13 +89,13 @@ def guarded(config: Config) -> int:
     try:
         run_phases(config, log)
     except KeyboardInterrupt:
-        tell("stopped by a signal; finished tiles and checkpoints are kept, run it again to go on")
+        log.error("stopped by a signal; what is finished is kept, run it again to go on")
         return 75
     except Exception as error:
         code = exit_code_of(error)
         if code is None:
             raise
-        tell(one_line(error))
+        (log.error if getattr(error, "everywhere", False) else tell)(one_line(error))
         return code
     finally:
         log.close()
@@ -120,20 +121,33 @@ def exit_code_of(error: Exception) -> int | None:
     >>> exit_code_of(ConfigError(["a"])), exit_code_of(PermissionError()), exit_code_of(KeyError())
     (2, 4, None)
     """
-    if isinstance(error, OSError | MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if isinstance(error, OSError) or out_of_memory(error):
         return 4
     return getattr(error, "exit_code", None)
+
+
+def out_of_memory(error: Exception) -> str:
+    """What to say where memory ran out, here or in a worker that the system killed; else nothing.
+
+    >>> out_of_memory(MemoryError()), out_of_memory(KeyError("memory"))
+    ('out of memory; lower the batch_size or the workers of this phase', '')
+    """
+    kind, text = type(error).__name__, str(error)
+    remedy = "lower the batch_size or the workers of this phase"
+    if kind in ("MemoryError", "OutOfMemoryError") or "DefaultCPUAllocator" in text:
+        return f"out of memory; {remedy}"
+    if kind == "BrokenProcessPool" or text.startswith("DataLoader worker (pid"):
+        return f"a worker process was killed, mostly for want of memory; {remedy}"
+    return ""
 
 
 def one_line(error: Exception) -> str:
     """What an error says, without the traceback that a loader process wraps it in.
 
-    >>> one_line(MemoryError())
-    'out of memory; lower the batch_size or num_workers of this phase'
+    >>> one_line(PermissionError(13, "Permission denied", "tiles"))
+    "[Errno 13] Permission denied: 'tiles'"
     """
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return "out of memory; lower the batch_size or num_workers of this phase"
-    text = str(error).strip()
+    text = out_of_memory(error) or str(error).strip()
     if "Original Traceback" in text:
         text = text.splitlines()[-1].partition("Error: ")[2]
     return text
@@ -147,7 +161,6 @@ def run_phases(config: Config, log: "VerbosityLogger") -> None:
     from utils.logging import TimedBlock
 
     torch.set_float32_matmul_precision(config.resources.matmul_precision)
-    torch.manual_seed(config.resources.seed)
     with distributed(config.resources) as run:
         for phase in (prepare, verify, train):
             if getattr(config, phase.__name__).enable:
@@ -185,6 +198,8 @@ def verify(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
 
 def train(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
     """Fit the head to the cached tiles and keep the weights with the best validation mIoU."""
+    import torch
+
     from models import build_head
     from models.backbone import Normalize
     from utils.data import load_split, make_loaders
@@ -193,15 +208,33 @@ def train(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
 
     section, name, seed = config.train, config.model.head, config.resources.seed
     manifest, split = load_split(section, config.dataset.splits, seed, log)
+    require_cache(config, manifest)
     device = run.device(section.device)
     log.info(f"train: {device_reason(section.device, device)}")
     loaders = make_loaders(split, section, config.dataset.augmentations, seed, run)
+    torch.manual_seed(seed)  # here, so that a head starts alike whether prepare ran before or not
     head = build_head(name, manifest.channels, len(manifest.layers), manifest.num_classes)
     log.info(f"train: {name}, {sum(p.numel() for p in head.parameters()) / 1e6:.2f} M parameters")
     normalize = Normalize(manifest.image_mean, manifest.image_std)
     save = keep_best(best_path(section.weights_dir, name), name, manifest, to_yaml(config))
     best = fit(head, normalize, loaders, section, manifest, run, device, save, log)
     log.info(f"best validation mIoU {best.score.miou:.4f} in epoch {best.epoch}: {best.path}")
+
+
+def require_cache(config: Config, manifest: "Manifest") -> None:
+    """Refuse a cache made with other settings than the configuration has by now."""
+    from utils.checkpoint import require_equal
+
+    model = config.model
+    stated = {
+        "num_classes": model.num_classes,
+        "ignore_index": config.dataset.ignore_index,
+        "layers": None if model.layers is None else list(model.layers),
+        "channels": model.dino_channels,
+    }
+    wanted = {key: value for key, value in stated.items() if value is not None}
+    found = {key: getattr(manifest, key) for key in wanted}
+    require_equal(config.train.processed_dir, found, wanted)
 
 
 def inference(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:

@@ -19,11 +19,26 @@ from config import Resources
 
 Item = TypeVar("Item")
 
+LAUNCH = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # what torchrun sets
+
 
 class DeviceError(Exception):
     """The machine lacks what the configuration asks for, or the run was started the wrong way."""
 
     exit_code = 4
+
+
+class LaunchError(DeviceError):
+    """The run was started the wrong way."""
+
+    everywhere = True  # every rank meets it, so the first one's word is enough
+
+
+class PeerError(Exception):
+    """Another rank ended or cannot be reached, and this one cannot go on alone."""
+
+    exit_code = 4
+    everywhere = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +83,10 @@ class Runtime:
         """The module with gradients averaged over ranks; on GPU BatchNorm sees the global batch."""
         if self.world_size == 1:
             return module
+        if device.type == "cpu" and dist.get_backend() == "nccl":
+            raise DeviceError(
+                "train.device is cpu and resources.dist_backend nccl; set the backend to gloo"
+            )
         if device.type == "cuda":
             module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
         devices = [device.index] if device.type == "cuda" else None
@@ -150,17 +169,16 @@ def device_reason(name: str, device: torch.device) -> str:
 @contextlib.contextmanager
 def distributed(resources: Resources) -> Iterator[Runtime]:
     """The process group for the phases that need it; a lone process where none is asked for."""
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if not resources.distributed:
-        if launched and int(os.environ["WORLD_SIZE"]) > 1:
-            raise DeviceError(
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise LaunchError(
                 "resources.distributed is false, but torchrun started "
                 f"{os.environ['WORLD_SIZE']} processes; set it to true or start with python"
             )
         yield Runtime()
         return
-    if not launched:
-        raise DeviceError(
+    if not os.environ.keys() >= LAUNCH:
+        raise LaunchError(
             "resources.distributed is true, but torchrun did not start this process; start it with "
             "torchrun --standalone --nproc_per_node=GPUS main.py config.yml, or set it to false"
         )
@@ -168,8 +186,14 @@ def distributed(resources: Resources) -> Iterator[Runtime]:
     if resources.dist_backend == "nccl":
         Runtime(local_rank=local_rank).device("cuda")
         torch.cuda.set_device(local_rank)
-    dist.init_process_group(resources.dist_backend)
     try:
+        dist.init_process_group(resources.dist_backend)
         yield Runtime(dist.get_rank(), local_rank, dist.get_world_size())
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise PeerError(f"lost the other ranks, whose own lines may say why ({reason})") from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()

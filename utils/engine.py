@@ -96,8 +96,9 @@ class Step:
                 parts = self.forward(self.model, batch)
                 (parts.total * share).backward()
             values = torch.stack([parts.total.detach(), *parts[1:]]).double().cpu()
-            require_finite(values[0], "loss", window, self.schedule)
             sums += torch.cat([values * count, count.double()[None]])
+        # not before every rank has had its last exchange: nobody is left waiting for a lost one
+        require_finite(sums[0], "loss", window, self.schedule)
         self.update(window)
         return sums
 
@@ -167,14 +168,19 @@ def evaluate(step: Step, batches: DataLoader, num_classes: int, ignore_index: in
     step.run.align(model)
     metrics = SegmentationMetrics(num_classes, ignore_index, step.device)
     sums = torch.zeros(2, dtype=torch.float64)
+    broken: list[str] = []
     for batch in batches:
         parts = step.forward(
             model, batch, lambda logits, label: metrics.update(logits.argmax(1), label)
         )
         count = step.loss.labelled(batch.label).double()
         sums += torch.stack([parts.total.double().cpu() * count, count])
+        broken += [] if torch.isfinite(parts.total) else batch.name
     metrics.confusion = step.run.sum(metrics.confusion)
     loss, pixels = step.run.sum(sums).tolist()
+    if not math.isfinite(loss):
+        names = ", ".join(broken) or "of the other ranks"
+        raise DivergedError(f"validation loss is {loss}; look at the tiles {names}")
     return metrics.score(loss / max(pixels, 1))
 
 

@@ -1,0 +1,500 @@
+"""The program: YAML in, GeoTIFF out; each kind of trouble one line and its own exit code."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import get_args
+
+import numpy as np
+import project
+import pytest
+import torch
+import yaml
+
+import main
+from config import Model, load_config
+from models import HEADS
+from models.backbone import write_random_backbone
+from utils.data import PrecomputedDataset
+from utils.raster import open_raster, read_whole
+
+ONLY_TRAIN = ("prepare.enable=false", "verify.enable=false", "inference.enable=false")
+ONLY_INFERENCE = ("prepare.enable=false", "verify.enable=false", "train.enable=false")
+UNTIL_TRAIN = ("train.enable=false", "inference.enable=false")
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+
+
+@pytest.fixture(autouse=True)
+def _same_process_after(monkeypatch):
+    """What main sets for its process (thread count, SIGTERM) is as before after each test."""
+    monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
+    for name in project.LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A project whose four phases have run with the head `linear`."""
+    config = project.write_project(tmp_path_factory.mktemp("finished"), height=128, width=192)
+    assert project.run(config) == 0
+    return config
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of the finished project for a test to break."""
+    shutil.copytree(finished.parent, tmp_path / "project")
+    return tmp_path / "project" / "config.yml"
+
+
+def said(capsys):
+    """The lines on standard error, where each must be one of the log's."""
+    return capsys.readouterr().err.splitlines()
+
+
+# ---- YAML in, GeoTIFF out ----
+
+
+def test_the_config_names_the_registered_heads():
+    assert set(get_args(Model.model_fields["head"].annotation)) == set(HEADS)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_config_becomes_a_map_with_every_head(tmp_path, head, capsys):
+    config = project.write_project(
+        tmp_path, model={"head": head}, train={"epochs": 6, "adamw_lr": 0.01}
+    )
+    capsys.readouterr()
+    start = time.monotonic()
+    assert project.run(config) == 0
+    assert time.monotonic() - start < 30
+    with (
+        open_raster(tmp_path / "map.tif") as dataset,
+        open_raster(tmp_path / "unseen.tif") as scene,
+    ):
+        assert (dataset.crs, dataset.transform) == (scene.crs, scene.transform)
+        assert (dataset.height, dataset.width) == (scene.height, scene.width)
+        assert dataset.nodata == 255
+    [classes], [truth] = read_whole(tmp_path / "map.tif"), read_whole(tmp_path / "truth.tif")
+    assert set(np.unique(classes)) <= set(range(project.CLASSES))
+    majority = np.bincount(truth.ravel()).max() / truth.size
+    assert np.mean(classes == truth) > majority + 0.1
+    assert (tmp_path / "weights" / f"{head}_best.pth").is_file()
+    assert (tmp_path / "weights" / "metrics.csv").is_file()
+    lines = said(capsys)
+    assert all(re.match(r"\[(INFO|WARNING)\] ", line) for line in lines)
+
+
+def test_the_log_tells_the_story_of_a_run(finished):
+    lines = (finished.parent / "run.log").read_text(encoding="utf-8").splitlines()
+    story = [
+        r"\[INFO\] prepare: started",
+        r"\[INFO\] prepare: device: cpu, as configured",
+        r"\[INFO\] prepare: .*backbone, blocks \[0, 1, 2, 3\], mean \[0\.485, 0\.456, 0\.406\]",
+        r"\[INFO\] prepare: scene north: 6 tiles, 0\.0% of pixels ignored",
+        r"\[INFO\] prepare: class shares 0: [\d.]+%, 1: [\d.]+%, 2: [\d.]+%",
+        r"\[INFO\] prepare: 1 scenes, 6 tiles made, 0 reused, 0 skipped without a label, .*",
+        r"\[INFO\] prepare: finished in [\d.]+ s",
+        r"\[INFO\] verify: started",
+        r"\[INFO\] verify: 6 tiles checked, 0 deleted",
+        r"\[INFO\] verify: finished in [\d.]+ s",
+        r"\[INFO\] train: started",
+        r"\[INFO\] train: 4 tiles to train on, 2 to validate",
+        r"\[INFO\] train: device: cpu, as configured",
+        r"\[INFO\] train: linear, 0\.00 M parameters",
+        r"\[INFO\] epoch 1/2: loss .* tiles/s",
+        r"\[INFO\] epoch 2/2: loss .* tiles/s",
+        r"\[INFO\] best validation mIoU 0\.\d{4} in epoch [12]: .*linear_best\.pth",
+        r"\[INFO\] train: finished in [\d.]+ s",
+        r"\[INFO\] inference: started",
+        r"\[INFO\] inference: device: cpu, as configured",
+        r"\[INFO\] inference: unseen\.tif, 98×151 pixels, 6 tiles of 64, 1 view\(s\)",
+        r"\[INFO\] inference: map in .*map\.tif",
+        r"\[INFO\] inference: finished in [\d.]+ s",
+    ]
+    assert len(lines) == len(story)
+    for line, pattern in zip(lines, story, strict=True):
+        assert re.fullmatch(pattern, line), line
+
+
+def test_a_second_run_uses_the_tiles_of_the_first(copy, capsys):
+    tiles = {path: path.stat().st_mtime_ns for path in (copy.parent / "cache").glob("*.pt")}
+    assert project.run(copy) == 0
+    assert "0 tiles made, 6 reused" in capsys.readouterr().err
+    assert tiles == {p: p.stat().st_mtime_ns for p in (copy.parent / "cache").glob("*.pt")}
+
+
+def test_each_phase_runs_alone(copy, capsys):
+    (copy.parent / "map.tif").unlink()
+    for phase in ("prepare", "verify", "train", "inference"):
+        others = {"prepare", "verify", "train", "inference"} - {phase}
+        assert project.run(copy, *(f"{other}.enable=false" for other in others)) == 0
+        started = [line for line in said(capsys) if line.endswith(": started")]
+        assert started == [f"[INFO] {phase}: started"]
+    assert (copy.parent / "map.tif").is_file()
+
+
+def test_verify_deletes_a_broken_tile_and_the_next_run_makes_it_again(copy, capsys):
+    path = sorted((copy.parent / "cache").glob("*.pt"))[2]
+    whole = torch.load(path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+    assert project.run(copy) == 0
+    err = capsys.readouterr().err
+    assert f"[WARNING] verify: deleted {path.name}" in err
+    assert "verify: 6 tiles checked, 1 deleted" in err
+    assert project.run(copy) == 0
+    assert "1 tiles made, 5 reused" in capsys.readouterr().err
+    again = torch.load(path)
+    assert torch.equal(again["label"], whole["label"])
+    assert all(map(torch.equal, again["features"], whole["features"]))
+
+
+# ---- the command line ----
+
+
+def test_set_overrides_the_file(copy, capsys):
+    assert project.run(copy, *ONLY_TRAIN, "train.epochs=1", "logging.timestamps=true") == 0
+    lines = [line for line in said(capsys) if "epoch 1/1" in line]
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \[INFO\] epoch 1/1", lines[0])
+
+
+def test_the_printed_config_loads_to_an_equal_one(copy, tmp_path, capsys):
+    assert main.main([str(copy), "--print-config", "--set", "train.epochs=7"]) == 0
+    printed = tmp_path / "elsewhere" / "printed.yml"
+    printed.parent.mkdir()
+    printed.write_text(capsys.readouterr().out, encoding="utf-8")
+    config = load_config(printed)
+    assert config == load_config(copy, ["train.epochs=7"])
+    assert config.train.epochs == 7
+
+
+def test_the_config_is_found_in_the_folder_above(copy, monkeypatch, capsys):
+    below = copy.parent / "scenes"
+    monkeypatch.chdir(below)
+    assert main.main(["--set", "train.epochs=1", "--print-config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["train"]["epochs"] == 1
+
+
+LAZY = """
+import contextlib, io, os, sys
+import main
+config, bad = sys.argv[1:]
+out = io.StringIO()
+with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+    try:
+        main.main(["--help"])
+    except SystemExit as stop:
+        assert stop.code == 0
+    assert main.main([bad]) == 2
+    assert main.main([config, "--print-config"]) == 0
+assert "torchrun" in out.getvalue()
+heavy = {"torch", "rasterio", "transformers", "numpy"} & set(sys.modules)
+assert not heavy, heavy
+seen = []
+def prepare(config, run, log):
+    import torch
+    seen.append((os.environ["OMP_NUM_THREADS"], torch.get_num_threads()))
+main.prepare = prepare
+assert main.main([config, "--set", "resources.omp_threads=1"]) == 0
+print(seen)
+"""
+
+
+def test_torch_is_imported_late_and_with_the_configured_threads(tmp_path):
+    text = "prepare: {raw_images_dir: a, label_path: b, processed_dir: c}\n"
+    text += "verify: {enable: false}\ntrain: {enable: false}\n"
+    (tmp_path / "config.yml").write_text(text)
+    (tmp_path / "bad.yml").write_text("trian: {}\n")
+    command = [project.PYTHON, "-c", LAZY, "config.yml", "bad.yml"]
+    result = project.start(command, tmp_path, OMP_NUM_THREADS="2")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[('1', 1)]"
+
+
+def test_help_comes_at_once(tmp_path):
+    seconds = []
+    while len(seconds) < 5 and min(seconds, default=9) > 1:  # a busy machine may need a few tries
+        start = time.monotonic()
+        result = project.start([project.PYTHON, project.ROOT / "main.py", "--help"], tmp_path)
+        seconds.append(time.monotonic() - start)
+    assert min(seconds) < 1
+    assert result.returncode == 0
+    for word in ("--set", "--print-config", "torchrun", "Exit codes", "inference"):
+        assert word in result.stdout
+
+
+# ---- exit codes ----
+
+
+def test_three_misspelt_keys_and_a_wrong_type_are_four_lines(tmp_path, capsys):
+    path = tmp_path / "bad.yml"
+    path.write_text(
+        "model:\n  num_clases: 5\n  haed: unet\ntrain:\n  epochs: many\n  batchsize: 4\n"
+    )
+    assert main.main([str(path)]) == 2
+    lines = said(capsys)
+    assert len(lines) == 4
+    assert [re.search(r"bad\.yml:(\d+):\d+: ", line).group(1) for line in lines] == [
+        "2", "3", "5", "6"
+    ]  # fmt: skip
+    assert "model.num_clases: unknown key, did you mean 'num_classes'?" in lines[0]
+
+
+def one_error(capsys):
+    """The reason of a failed run: the only error but for the phase's own end."""
+    errors = [line for line in said(capsys) if line.startswith("[ERROR] ")]
+    reasons = [line for line in errors if not re.search(r": failed after [\d.]+ s$", line)]
+    assert len(reasons) == 1, errors
+    return reasons[0].removeprefix("[ERROR] ")
+
+
+def test_a_missing_label_file_is_3(copy, capsys):
+    (copy.parent / "labels.tif").unlink()
+    assert project.run(copy) == 3
+    assert one_error(capsys).startswith(f"{copy.parent / 'labels.tif'}: no such file")
+
+
+def test_a_missing_scene_to_map_is_3(copy, capsys):
+    assert project.run(copy, *ONLY_INFERENCE, "inference.input_tif=none.tif") == 3
+    assert "none.tif: no such file" in one_error(capsys)
+
+
+def test_a_cache_made_with_other_settings_is_3(copy, capsys):
+    assert project.run(copy, "model.layers=[1, 3]") == 3
+    text = one_error(capsys)
+    assert "layers [0, 1, 2, 3]" in text
+    assert "[1, 3]" in text
+
+
+@pytest.mark.parametrize(
+    ("setting", "wanted"),
+    [
+        ("model.num_classes=5", "num_classes is 3, this run has 5"),
+        ("dataset.ignore_index=200", "ignore_index is 255, this run has 200"),
+        ("model.layers=[1, 3]", "layers is [0, 1, 2, 3], this run has [1, 3]"),
+        ("model.dino_channels=64", "channels is 32, this run has 64"),
+    ],
+)
+def test_training_refuses_a_cache_of_other_settings_before_the_first_epoch(
+    copy, capsys, setting, wanted
+):
+    weights = copy.parent / "weights" / "linear_best.pth"
+    before = weights.read_bytes()
+    assert project.run(copy, *ONLY_TRAIN, setting) == 3
+    assert one_error(capsys).endswith(wanted)
+    assert weights.read_bytes() == before
+
+
+@without_cuda
+@pytest.mark.parametrize("phase", ["prepare", "train", "inference"])
+def test_a_device_that_is_not_there_is_4(copy, capsys, phase):
+    others = [p for p in ("prepare", "verify", "train", "inference") if p != phase]
+    settings = [f"{other}.enable=false" for other in others]
+    assert project.run(copy, *settings, f"{phase}.device=cuda") == 4
+    assert "device: cuda asked for, but" in one_error(capsys)
+
+
+def test_a_backbone_that_is_not_there_is_4(copy, capsys):
+    assert project.run(copy, "model.backbone=./nowhere") == 4
+    assert "nowhere: no such folder (model.backbone)" in one_error(capsys)
+
+
+def test_a_folder_that_cannot_be_made_is_4(copy, capsys):
+    (copy.parent / "file").write_text("")
+    assert project.run(copy, *ONLY_TRAIN, f"train.weights_dir={copy.parent / 'file'}") == 4
+    assert "file" in one_error(capsys)
+    assert project.run(copy, f"logging.file={copy.parent / 'file' / 'run.log'}") == 4
+    assert one_error(capsys).startswith("logging.file: ")
+
+
+def test_features_that_are_no_numbers_are_5_and_leave_no_weights(copy, capsys):
+    for path in (copy.parent / "cache").glob("*.pt"):
+        tile = torch.load(path)
+        tile["features"][1][:] = float("nan")
+        torch.save(tile, path)
+    weights = copy.parent / "fresh"
+    assert project.run(copy, *ONLY_TRAIN, f"train.weights_dir={weights}") == 5
+    assert re.match(r"loss is nan at step 1 .*tiles north__r\d{6}_c\d{6}, ", one_error(capsys))
+    assert not weights.exists()
+
+
+def test_verify_finds_those_features_first_and_with_nothing_left_is_3(copy, capsys):
+    for path in (copy.parent / "cache").glob("*.pt"):
+        tile = torch.load(path)
+        tile["features"][1][0, 0, 0] = float("inf")
+        torch.save(tile, path)
+    assert project.run(copy, "prepare.enable=false") == 3
+    assert "no sound tile left; run prepare again" in one_error(capsys)
+
+
+def test_a_damaged_tile_in_a_loader_process_is_one_line_and_3(copy, capsys):
+    for path in (copy.parent / "cache").glob("*.pt"):
+        path.write_bytes(path.read_bytes()[:500])
+    assert project.run(copy, *ONLY_TRAIN, "train.num_workers=1") == 3
+    text = one_error(capsys)
+    assert re.search(r"north__\w+\.pt: missing or damaged", text)
+    assert "Traceback" not in text
+
+
+def test_a_killed_loader_process_is_4(copy, capsys, monkeypatch):
+    def killed(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(PrecomputedDataset, "__getitem__", killed)
+    assert project.run(copy, *ONLY_TRAIN, "train.num_workers=1") == 4
+    assert "a worker process was killed, mostly for want of memory" in one_error(capsys)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")],
+)
+def test_too_little_memory_is_4(copy, capsys, monkeypatch, error):
+    def train(*_):
+        raise error
+
+    monkeypatch.setattr(main, "train", train)
+    assert project.run(copy, *ONLY_TRAIN) == 4
+    assert "out of memory; lower the batch_size" in one_error(capsys)
+
+
+def test_an_allocation_that_torch_cannot_make_is_4(copy, capsys, monkeypatch):
+    def train(*_):
+        torch.empty(2**62 // 4)
+
+    monkeypatch.setattr(main, "train", train)
+    assert project.run(copy, *ONLY_TRAIN) == 4
+    assert "out of memory" in one_error(capsys)
+
+
+BUG = """
+import sys
+import main
+def train(*_):
+    {}["no such key"]
+main.train = train
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+def test_a_bug_of_ours_is_1_with_a_traceback(copy):
+    settings = [part for each in ONLY_TRAIN for part in ("--set", each)]
+    result = project.start([project.PYTHON, "-c", BUG, copy, *settings], copy.parent)
+    assert result.returncode == 1
+    assert result.stderr.rstrip().endswith("KeyError: 'no such key'")
+    assert "Traceback" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 1)], ids=["SIGTERM", "SIGINT"]
+)
+def test_a_signal_in_the_middle_of_training_is_75_and_no_traceback(copy, number, workers):
+    settings = (*ONLY_TRAIN, "train.epochs=100000", "train.patience=100000")
+    settings = (*settings, f"train.num_workers={workers}", "train.weights_dir=stopped")
+    command = [project.PYTHON, project.ROOT / "main.py", copy]
+    command += [part for each in settings for part in ("--set", each)]
+    process = subprocess.Popen(
+        [str(part) for part in command], cwd=copy.parent, env=project.surroundings(), text=True,
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    timer = threading.Timer(120, process.kill)
+    timer.start()
+    lines = []
+    for line in process.stderr:
+        lines.append(line.rstrip("\n"))
+        if "epoch 3/100000:" in line:
+            os.killpg(process.pid, number)  # as a terminal or a scheduler does
+    timer.cancel()
+    assert process.wait() == 75
+    assert all(line.startswith(("[INFO] ", "[ERROR] ")) for line in lines), lines[-20:]
+    assert [line for line in lines if line.startswith("[ERROR]")][1:] == [
+        "[ERROR] stopped by a signal; what is finished is kept, run it again to go on"
+    ]
+    assert re.fullmatch(r"\[ERROR\] train: failed after [\d.]+ s", lines[-2])
+    kept = sorted(path.name for path in (copy.parent / "stopped").iterdir())
+    assert kept == ["linear_best.pth", "metrics.csv"]
+
+
+# ---- a checkpoint that was made for something else ----
+
+
+def test_inference_refuses_a_checkpoint_of_other_settings_field_by_field(copy, capsys):
+    checkpoint = f"inference.checkpoint={copy.parent / 'weights' / 'linear_best.pth'}"
+    before = (copy.parent / "map.tif").read_bytes()
+    settings = (*ONLY_INFERENCE, checkpoint, "model.head=unet", "model.num_classes=4")
+    assert project.run(copy, *settings) == 3
+    text = one_error(capsys)
+    assert "head is 'linear', this run has 'unet'" in text
+    assert "num_classes is 3, this run has 4" in text
+    assert "layers" not in text
+    assert (copy.parent / "map.tif").read_bytes() == before
+
+
+def test_inference_refuses_a_checkpoint_of_another_backbone(copy, capsys):
+    write_random_backbone(copy.parent / "other", seed=1, **project.BACKBONE)
+    settings = (*ONLY_INFERENCE, f"model.backbone={copy.parent / 'other'}")
+    assert project.run(copy, *settings) == 3
+    assert re.search(r"backbone_hash is '?\w+.*, this run has '?\w+", one_error(capsys))
+
+
+def test_a_moved_project_maps_the_same(finished, copy):
+    """The backbone's folder has another name there, but the same weights."""
+    (copy.parent / "map.tif").unlink()
+    assert project.run(copy, *ONLY_INFERENCE) == 0
+    ours, theirs = read_whole(copy.parent / "map.tif"), read_whole(finished.parent / "map.tif")
+    assert np.array_equal(ours, theirs)
+
+
+def test_a_missing_checkpoint_is_3_and_says_what_to_do(copy, capsys):
+    assert project.run(copy, *ONLY_INFERENCE, "model.head=unet") == 3
+    assert "unet_best.pth: no such checkpoint; train first, or set" in one_error(capsys)
+
+
+# ---- what is said, and where ----
+
+
+def test_the_log_file_holds_what_the_terminal_shows(copy, capsys):
+    log = copy.parent / "logs" / "deep" / "run.log"
+    assert project.run(copy, f"logging.file={log}") == 0
+    assert log.read_text(encoding="utf-8").splitlines() == said(capsys)
+
+
+def test_at_level_error_a_good_run_says_nothing(copy, capsys):
+    assert project.run(copy, "logging.level=error") == 0
+    captured = capsys.readouterr()
+    assert captured.err == captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("plain", "plain"),
+        (
+            "Caught CacheError in DataLoader worker process 0.\nOriginal Traceback (most recent "
+            "call last):\n  File \"a\", line 1\nutils.cache.CacheError: a.pt: damaged",
+            "a.pt: damaged",
+        ),
+    ],
+)  # fmt: skip
+def test_an_error_is_told_without_its_traceback(text, wanted):
+    assert main.one_line(ValueError(text)) == wanted
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX file names")
+def test_an_error_with_line_breaks_in_it_is_one_line(copy, capsys):
+    (copy.parent / "scenes" / "north.tif").rename(copy.parent / "scenes" / "no\nrth.tif")
+    (copy.parent / "scenes" / "no\nrth.tif").write_bytes(b"II*\0 no TIFF")
+    assert project.run(copy) == 3
+    assert len(one_error(capsys)) > 20
