@@ -13,10 +13,11 @@ memory, permission), 5 training diverged, 75 stopped by a signal (run again), 1 
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from config import Config, ConfigError, find_config, load_config, to_yaml
@@ -87,7 +88,8 @@ def guarded(config: Config) -> int:
         return 4
     tell = log.error if rank == 0 else lambda text: complain(f"[ERROR] rank {rank}: {text}")
     try:
-        run_phases(config, log)
+        with stoppable():
+            run_phases(config, log)
     except KeyboardInterrupt:
         log.error("stopped by a signal; what is finished is kept, run it again to go on")
         return 75
@@ -103,16 +105,33 @@ def guarded(config: Config) -> int:
 
 
 def set_environment(config: Config) -> None:
-    """Thread counts, before torch is imported, and SIGTERM like Ctrl-C."""
+    """Thread counts and cache sizes, before the libraries that read them are imported."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     os.environ["OMP_NUM_THREADS"] = str(min(config.resources.omp_threads, share))
     os.environ.setdefault("GDAL_CACHEMAX", "256")  # MB; GDAL's default is 5 % of the memory
 
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGTERM is like Ctrl-C inside. Afterwards a rank is deaf to torchrun, which stops all ranks
+    when one ends: it is ending by itself, with its own exit code.
+
+    >>> before = signal.getsignal(signal.SIGTERM)
+    >>> with stoppable(): signal.getsignal(signal.SIGTERM).__name__
+    'stop'
+    >>> signal.getsignal(signal.SIGTERM) == before
+    True
+    """
+
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if "RANK" in os.environ else before)
 
 
 def exit_code_of(error: Exception) -> int | None:

@@ -1,5 +1,6 @@
 """The program: YAML in, GeoTIFF out; each kind of trouble one line and its own exit code."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from config import Model, load_config
 from models import HEADS
 from models.backbone import write_random_backbone
 from utils.data import PrecomputedDataset
+from utils.distributed import Runtime
 from utils.raster import open_raster, read_whole
 
 ONLY_TRAIN = ("prepare.enable=false", "verify.enable=false", "inference.enable=false")
@@ -159,6 +161,40 @@ def test_verify_deletes_a_broken_tile_and_the_next_run_makes_it_again(copy, caps
     again = torch.load(path)
     assert torch.equal(again["label"], whole["label"])
     assert all(map(torch.equal, again["features"], whole["features"]))
+
+
+def test_only_the_first_rank_maps(copy, monkeypatch):
+    @contextlib.contextmanager
+    def second_of_two(resources):
+        yield Runtime(rank=1, local_rank=1, world_size=2)
+
+    monkeypatch.setattr("utils.distributed.distributed", second_of_two)
+    (copy.parent / "map.tif").unlink()
+    assert project.run(copy, *ONLY_INFERENCE) == 0
+    assert not (copy.parent / "map.tif").exists()
+
+
+def test_the_group_of_ranks_is_left_before_a_scene_is_mapped(copy, monkeypatch):
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    numbers = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    for name, value in (place | numbers).items():
+        monkeypatch.setenv(name, value)
+    joined = {}
+    for phase in ("train", "inference"):
+        monkeypatch.setattr(main, phase, recorder_of(phase, joined))
+    gloo = ("resources.distributed=true", "resources.dist_backend=gloo")
+    assert project.run(copy, *gloo, "prepare.enable=false", "verify.enable=false") == 0
+    assert joined == {"train": True, "inference": False}
+
+
+def recorder_of(phase, joined):
+    """A phase that only notes whether this process is in a group."""
+
+    def noted(*_):
+        joined[phase] = torch.distributed.is_initialized()
+
+    noted.__name__ = phase
+    return noted
 
 
 # ---- the command line ----
