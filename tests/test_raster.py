@@ -1,41 +1,36 @@
-"""Scenes and maps: whatever GDAL reads arrives as it is; a map is whole or not there."""
+"""Scenes: whatever GDAL reads arrives as it is, at any range, mask and pixel size."""
 
-import resource
-import signal
-import subprocess
-import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
 import rasterio.shutil
-from hypothesis import example, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from project import ROOT
 from rasterio.control import GroundControlPoint
+from rasterio.crs import CRS
 from rasterio.enums import ColorInterp
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.transform import Affine
 
 from utils.raster import (
-    BLOCK,
-    MapWriter,
+    Grid,
     RasterError,
+    Reading,
     check_structure,
     file_identity,
-    find_scenes,
+    ground_gsd,
     north_up,
     open_scene,
-    read_whole,
+    resized,
+    scaled,
 )
 from utils.tiling import Tile, tiles
 
 HEIGHT, WIDTH = 70, 90
 WHOLE = Tile(0, 0, HEIGHT, WIDTH)
-GRID = north_up("EPSG:32633", 412000, 5326000, 0.5, 700, 600)
 
 
 @pytest.fixture
@@ -147,12 +142,17 @@ def test_a_vrt_is_a_scene(write_tiff, pixels):
 
 
 @pytest.mark.parametrize(
-    ("band_type", "count", "said"),
-    [("uint16", 3, "pixels are uint16"), ("float32", 3, "float32"), ("uint8", 1, "1 band(s)")],
+    ("kind", "count", "bands", "said"),
+    [
+        ("complex64", 3, (1, 2, 3), "pixels are complex64, expected real numbers"),
+        ("uint8", 1, (1, 2, 3), "has 1 band(s), but bands [1, 2, 3] are to be read"),
+        ("uint16", 4, (5, 1), "has 4 band(s), but bands [5, 1] are to be read (dataset.bands)"),
+    ],
 )
-def test_pixels_that_are_not_rgb_bytes_are_refused_in_one_line(write_tiff, band_type, count, said):
-    path = write_tiff("scene.tif", np.ones((count, 8, 8), band_type))
-    with pytest.raises(RasterError) as caught, open_scene(path):
+def test_pixels_that_cannot_be_read_are_refused_in_one_line(write_tiff, kind, count, bands, said):
+    path = write_tiff("scene.tif", np.ones((count, 8, 8), kind))
+    reading = Reading(bands, ((0, 255),) * len(bands))
+    with pytest.raises(RasterError) as caught, open_scene(path, reading):
         pass
     assert str(path) in str(caught.value)
     assert said in str(caught.value)
@@ -220,50 +220,6 @@ def test_handles_are_not_shared(write_tiff, pixels, monkeypatch):
     assert opened == [False] * 16
 
 
-def test_a_folder_gives_its_rasters_sorted_and_says_what_it_skips(write_tiff, pixels, tmp_path):
-    for name in ("south.tif", "north.TIF", "Ödland 2.tiff"):
-        write_tiff(name, pixels)
-    with rasterio.open(tmp_path / "picture.png", "w", driver="PNG", count=3, height=9, width=9,
-                       dtype="uint8") as picture:  # fmt: skip
-        picture.write(pixels[:, :9, :9])
-    (tmp_path / "notes.txt").write_text("flown in May")
-    (tmp_path / "text.tif").write_text("no TIFF at all")
-    for name in ("south.tif.msk", "south.tif.ovr", "south.tif.aux.xml", "south.tfw", ".hidden",
-                 ".south.tif.123.tmp"):  # fmt: skip
-        (tmp_path / name).write_text("")
-    (tmp_path / "folder.tif").mkdir()
-    found, skipped = find_scenes(tmp_path)
-    assert [path.name for path in found] == sorted(
-        ["north.TIF", "picture.png", "south.tif", "Ödland 2.tiff"]
-    )
-    assert [path.name for path, _ in skipped] == ["notes.txt", "text.tif"]
-    assert all("not a raster" in reason for _, reason in skipped)
-
-
-def test_a_damaged_tiff_in_the_folder_is_an_error_and_not_skipped(write_tiff, pixels, tmp_path):
-    path = write_tiff("cut.tif", pixels)
-    path.write_bytes(path.read_bytes()[:60])  # not even its directory is whole
-    with pytest.raises(RasterError, match="cut.tif"):
-        find_scenes(tmp_path)
-
-
-def test_two_scenes_of_one_name_are_refused(write_tiff, pixels, tmp_path):
-    write_tiff("north.tif", pixels)
-    write_tiff("north.tiff", pixels)
-    with pytest.raises(RasterError, match="north"):
-        find_scenes(tmp_path)
-
-
-def test_a_missing_folder_or_file_is_named(tmp_path):
-    with pytest.raises(RasterError, match="raw_images_dir"):
-        find_scenes(tmp_path / "nowhere")
-    with (
-        pytest.raises(RasterError, match=r"gone\.tif: no such file"),
-        open_scene(tmp_path / "gone.tif"),
-    ):
-        pass
-
-
 def test_a_scene_is_another_one_when_its_file_or_mask_changes(write_tiff, pixels):
     path = write_tiff("scene.tif", pixels)
     before = file_identity(path)
@@ -285,129 +241,288 @@ def test_a_vrt_is_another_scene_when_a_source_changes(write_tiff, pixels):
     assert file_identity(mosaic) != before
 
 
-# The map
-
-
-def write_map(path: Path, rows: np.ndarray, sizes: list[int], num_classes: int = 6) -> None:
-    grid = GRID._replace(height=len(rows))
-    with MapWriter(path, grid, num_classes) as writer:
-        start = 0
-        for size in sizes:
-            writer.write(rows[start : start + size])
-            start += size
-
-
-@pytest.mark.parametrize(
-    ("num_classes", "dtype", "nodata"), [(6, "uint8", 255), (300, "uint16", 65535)]
-)
-def test_a_map_has_its_own_profile(tmp_path, rng, num_classes, dtype, nodata):
-    rows = rng.integers(0, num_classes, (700, 600))
-    write_map(tmp_path / "maps" / "map.tif", rows, [700], num_classes)
-    with rasterio.open(tmp_path / "maps" / "map.tif") as dataset:
-        assert dataset.driver == "GTiff"
-        assert (dataset.count, dataset.dtypes[0], dataset.nodata) == (1, dtype, nodata)
-        assert dataset.block_shapes == [(BLOCK, BLOCK)]
-        assert dataset.profile["tiled"]
-        assert dataset.profile["compress"] == "deflate"
-        assert (dataset.crs, dataset.transform) == (GRID.crs, GRID.transform)
-        assert np.array_equal(dataset.read(1), rows)
-
-
-@settings(max_examples=15)
-@given(st.lists(st.integers(1, 400), min_size=1, max_size=8))
-@example([BLOCK, BLOCK])
-@example([BLOCK - 1, 2, BLOCK])
-def test_rows_in_any_number_make_the_same_file(tmp_path_factory, sizes):
-    rows = np.random.default_rng(len(sizes)).integers(0, 6, (sum(sizes), 600))
-    folder = tmp_path_factory.mktemp("maps")
-    write_map(folder / "parts.tif", rows, sizes)
-    write_map(folder / "whole.tif", rows, [len(rows)])
-    parts, whole = (read_whole(folder / name)[0] for name in ("parts.tif", "whole.tif"))
-    assert np.array_equal(parts, rows)
-    assert np.array_equal(whole, rows)
-    assert (folder / "parts.tif").stat().st_size == (folder / "whole.tif").stat().st_size
-
-
-def test_a_failure_leaves_neither_map_nor_temporary(tmp_path):
-    with pytest.raises(KeyboardInterrupt), MapWriter(tmp_path / "map.tif", GRID, 6) as writer:
-        writer.write(np.zeros((600, 600), np.uint8))
-        assert len(list(tmp_path.iterdir())) == 1
-        raise KeyboardInterrupt
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_older_map_stays_until_the_new_one_is_whole(tmp_path):
-    path = tmp_path / "map.tif"
-    write_map(path, np.ones((700, 600), np.uint8), [700])
-    old = path.read_bytes()
-    with pytest.raises(ValueError, match="no"), MapWriter(path, GRID, 6) as writer:
-        writer.write(np.zeros((512, 600), np.uint8))
-        assert path.read_bytes() == old
-        raise ValueError("no")
-    assert path.read_bytes() == old
-    write_map(path, np.zeros((700, 600), np.uint8), [700])
-    assert not read_whole(path).any()
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_map_that_lacks_rows_gets_no_name(tmp_path):
-    with (
-        pytest.raises(ValueError, match="512 rows of 700"),
-        MapWriter(tmp_path / "map.tif", GRID, 6) as writer,
-    ):
-        writer.write(np.zeros((520, 600), np.uint8))
-    assert list(tmp_path.iterdir()) == []
-
-
-FILL_DISK = """
-import sys
-from pathlib import Path
-import numpy as np
-from utils.raster import MapWriter, north_up
-grid = north_up("EPSG:32633", 412000, 5326000, 0.5, 700, 600)
-try:
-    with MapWriter(Path(sys.argv[1]), grid, 200) as writer:
-        writer.write(np.random.default_rng(0).integers(0, 200, (700, 600)))
-except OSError as error:
-    sys.exit(4)
-"""
-
-
-def test_a_disk_that_fills_up_while_the_map_is_closed_leaves_no_map(tmp_path):
-    command = [sys.executable, "-c", FILL_DISK, str(tmp_path / "map.tif")]
-
-    def run(limit: int) -> int:
-        def limited() -> None:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a failed write, as on a full disk
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-        return subprocess.run(
-            command, cwd=ROOT, preexec_fn=limited, capture_output=True, check=False
-        ).returncode
-
-    assert run(1 << 30) == 0
-    size = (tmp_path / "map.tif").stat().st_size
-    (tmp_path / "map.tif").unlink()
-    for limit in (size - 1, size - 20_000, size // 2, 1000):
-        assert run(limit) == 4
-        assert list(tmp_path.iterdir()) == []
-
-
-def test_gdal_decides_whether_a_map_may_need_bigtiff(tmp_path, monkeypatch):
-    options, rasterio_open = {}, rasterio.open
-
-    def spy(*arguments, **given):
-        options.update(given)
-        return rasterio_open(*arguments, **given)
-
-    monkeypatch.setattr(rasterio, "open", spy)
-    write_map(tmp_path / "map.tif", np.zeros((16, 600), np.uint8), [16])
-    assert options["bigtiff"] == "IF_SAFER"
-
-
 def test_structure_is_checked_in_tiffs_of_any_name(write_tiff, pixels):
     path = write_tiff("scene.bin", pixels)
     check_structure(path)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(RasterError, match="truncated"):
         check_structure(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with (
+        pytest.raises(RasterError, match=r"gone\.tif: no such file"),
+        open_scene(tmp_path / "gone.tif"),
+    ):
+        pass
+
+
+# Bands and ranges
+
+
+def reading_of(*bands: int, span: tuple[float, float] = (0, 255), **options) -> Reading:
+    return Reading(bands, (span,) * len(bands), **options)
+
+
+def flagged(path, kind: ColorInterp) -> None:
+    """Flag the fourth band of a file."""
+    with rasterio.open(path, "r+") as dataset:
+        first = [ColorInterp.red, ColorInterp.green, ColorInterp.blue]
+        dataset.colorinterp = [*first, kind]
+
+
+@pytest.mark.parametrize("bands", [(1,), (3, 2, 1), (4, 1), (3, 2, 1, 4), (5, 4, 3, 2, 1)])
+def test_bands_come_in_the_order_they_are_asked_for(write_tiff, rng, bands):
+    pixels = rng.integers(0, 256, (5, HEIGHT, WIDTH), dtype=np.uint8)
+    with open_scene(write_tiff("scene.tif", pixels), reading_of(*bands)) as scene:
+        assert np.array_equal(scene.read(WHOLE).image, pixels[[band - 1 for band in bands]])
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "int16", "uint32", "float32", "float64"])
+def test_each_band_is_scaled_by_its_own_range(write_tiff, rng, kind):
+    pixels = rng.integers(0, 100, (2, HEIGHT, WIDTH)).astype(kind)
+    ranges = ((10.0, 61.0), (-5.0, 250.0))
+    path = write_tiff("scene.tif", pixels)
+    with open_scene(path, Reading((1, 2), ranges)) as scene:
+        image = scene.read(WHOLE).image
+    assert image.dtype == np.uint8
+    for band, (low, high) in enumerate(ranges):
+        shares = ((pixels[band].astype(float) - low) / (high - low)).clip(0, 1)
+        assert np.abs(image[band] - shares * 255).max() <= 0.51
+
+
+@given(
+    st.lists(st.floats(width=32), min_size=1, max_size=20),
+    st.floats(-1e6, 1e6, width=32),
+    st.floats(0.125, 1e6, width=32),
+)
+def test_any_number_has_a_scaled_value_and_none_leaves_the_range(values, low, span):
+    array = np.array(values, np.float32)[None, None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = scaled(array, [(low, low + span)])
+    assert (found[array <= low] == 0).all()
+    assert (found[array >= low + span] == 255).all()
+    order = np.argsort(array[np.isfinite(array)], kind="stable")
+    assert (np.diff(found[np.isfinite(array)][order].astype(int)) >= 0).all()
+
+
+def test_a_range_is_the_same_for_every_tile(write_tiff, rng):
+    pixels = rng.integers(0, 30000, (3, HEIGHT, WIDTH)).astype(np.uint16)
+    pixels[:, :, :32] //= 100  # a dark part: its tiles must stay dark
+    with open_scene(write_tiff("s.tif", pixels), reading_of(1, 2, 3, span=(0, 30000))) as scene:
+        whole = scene.read(WHOLE).image
+        for tile in tiles(HEIGHT, WIDTH, 32):
+            rows, cols = slice(tile.row, tile.row + 32), slice(tile.col, tile.col + 32)
+            assert np.array_equal(scene.read(tile).image, whole[:, rows, cols])
+
+
+# Valid pixels
+
+
+def test_a_band_flagged_alpha_is_data_where_it_is_asked_for_and_a_mask_elsewhere(
+    write_tiff, pixels, rng
+):
+    infrared = rng.integers(0, 3, (1, HEIGHT, WIDTH), dtype=np.uint8)
+    path = write_tiff("scene.tif", np.concatenate([pixels, infrared]), photometric="rgb")
+    flagged(path, ColorInterp.alpha)
+    with open_scene(path, reading_of(4, 1)) as scene:
+        image, valid = scene.read(WHOLE)
+    assert np.array_equal(image[0], infrared[0])
+    assert valid.all()
+    with open_scene(path) as scene:
+        assert np.array_equal(scene.read(WHOLE).valid, infrared[0] > 0)
+
+
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NodataShadowWarning")
+def test_nodata_and_a_mask_file_count_beside_a_band_flagged_alpha_that_is_data(write_tiff, pixels):
+    pixels = np.concatenate([pixels, np.full((1, HEIGHT, WIDTH), 7, np.uint8)])
+    pixels[:, :9] = 0
+    path = write_tiff("scene.tif", pixels, photometric="rgb", nodata=0)
+    flagged(path, ColorInterp.alpha)
+    with open_scene(path, reading_of(1, 2, 3, 4)) as scene:
+        valid = scene.read(WHOLE).valid
+    assert not valid[:9].any()
+    assert valid[9:].all()
+    mask = np.where(pixels[0] % 2, 255, 0).astype(np.uint8)
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False):
+        path = write_tiff("masked.tif", pixels, photometric="rgb", mask=mask)
+    flagged(path, ColorInterp.alpha)
+    with open_scene(path, reading_of(1, 2, 3, 4)) as scene:
+        assert np.array_equal(scene.read(WHOLE).valid, mask > 0)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "float32"])
+def test_nodata_of_the_config_counts_beside_that_of_the_file(write_tiff, rng, kind):
+    pixels = rng.integers(10, 200, (3, HEIGHT, WIDTH)).astype(kind)
+    pixels[:, :5] = 0
+    pixels[:, 5:9] = 3
+    pixels[1, 20:30] = 3  # in one band only
+    with open_scene(
+        write_tiff("scene.tif", pixels, nodata=0), reading_of(1, 2, 3, nodata=3.0)
+    ) as scene:
+        valid = scene.read(WHOLE).valid
+    assert not valid[:9].any()
+    assert valid[9:].all()
+
+
+def test_what_is_not_finite_in_any_band_is_not_valid(write_tiff, rng):
+    pixels = rng.uniform(0, 1, (3, HEIGHT, WIDTH)).astype(np.float32)
+    pixels[0, 3, 4], pixels[1, 5, 6], pixels[2, 7, 8] = np.nan, np.inf, -np.inf
+    with (
+        warnings.catch_warnings(),
+        open_scene(write_tiff("s.tif", pixels), reading_of(1, 2, 3, span=(0, 1))) as scene,
+    ):
+        warnings.simplefilter("error")
+        image, valid = scene.read(WHOLE)
+    assert np.array_equal(valid, np.isfinite(pixels).all(0))
+    assert image[0, 3, 4] == 0
+
+
+def test_the_huge_nodata_of_float_rasters_is_read_without_a_complaint(write_tiff, rng):
+    pixels = rng.uniform(0, 1, (1, HEIGHT, WIDTH))
+    pixels[:, :9] = -1.7976931348623157e308
+    path = write_tiff("s.tif", pixels, nodata=-1.7976931348623157e308)
+    with (
+        warnings.catch_warnings(),
+        open_scene(path, reading_of(1, span=(0, 1))) as scene,
+    ):
+        warnings.simplefilter("error")
+        valid = scene.read(WHOLE).valid
+    assert not valid[:9].any()
+    assert valid[9:].all()
+
+
+def test_a_sample_holds_valid_pixels_only(write_tiff, rng):
+    pixels = rng.integers(500, 900, (2, 300, 400)).astype(np.uint16)
+    pixels[:, 100:] = 0
+    with open_scene(write_tiff("s.tif", pixels, nodata=0), reading_of(2, 1)) as scene:
+        assert np.array_equal(scene.sample(), pixels[::-1, :100].reshape(2, -1))
+        few = scene.sample(side=30)
+        assert few.shape == (2, 300)
+        assert few.min() >= 500
+
+
+# Ground sample distance
+
+
+def square_metres(count: int, height: int, width: int, rng) -> np.ndarray:
+    return rng.integers(1, 60000, (count, height, width)).astype(np.uint16)
+
+
+@pytest.mark.parametrize("factor", [2, 3, 5])
+@pytest.mark.parametrize("turn", [0, 30])
+def test_a_whole_factor_of_the_gsd_reads_block_means(write_tiff, rng, factor, turn):
+    pixels = rng.uniform(0, 1, (3, 30 * factor, 40 * factor)).astype(np.float32)
+    place = Affine(0.5, 0, 412000, 0, -0.5, 5326000) @ Affine.rotation(turn)
+    path = write_tiff("s.tif", pixels, transform=place)
+    with open_scene(path, Reading((1, 2, 3), ((0, 1),) * 3, gsd=0.5 * factor * 1.0004)) as scene:
+        assert (scene.grid.height, scene.grid.width) == (30, 40)
+        assert (scene.own_grid.height, scene.own_grid.width) == pixels.shape[1:]
+        image, valid = scene.read(Tile(0, 0, 30, 40))
+        part = scene.read(Tile(10, 8, 16, 16)).image
+    means = pixels.reshape(3, 30, factor, 40, factor).mean((2, 4))
+    assert valid.all()
+    assert np.abs(image - means * 255).max() <= 0.51
+    assert np.array_equal(part, image[:, 10:26, 8:24])
+
+
+@pytest.mark.parametrize("hidden", ["nodata", "mask", "alpha", "dataset.nodata"])
+def test_a_mean_takes_in_valid_pixels_only(write_tiff, rng, hidden):
+    pixels = rng.integers(1, 200, (3, 60, 80), dtype=np.uint8)
+    gone = np.zeros((60, 80), bool)
+    gone[:20] = True  # whole blocks of four
+    gone[30:40, 0:80:2] = True  # and parts of blocks
+    opaque = np.where(gone, 0, 255).astype(np.uint8)
+    seen = pixels.copy()
+    seen[:, gone] = 0 if "nodata" in hidden else 255
+    reading = Reading(gsd=2.0, nodata=0.0 if hidden == "dataset.nodata" else None)
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
+        if hidden == "alpha":
+            seen = np.concatenate([seen, opaque[None]])
+            path = write_tiff("s.tif", seen, photometric="rgb", alpha="yes")
+        else:
+            options = {"nodata": {"nodata": 0}, "mask": {"mask": opaque}}.get(hidden, {})
+            path = write_tiff("s.tif", seen, **options)
+    with open_scene(path, reading) as scene:
+        image, valid = scene.read(Tile(0, 0, 15, 20))
+    weights = (~gone).astype(float).reshape(15, 4, 20, 4)
+    shares = weights.sum((1, 3))
+    assert np.array_equal(valid, shares > 0)
+    sums = (pixels.reshape(3, 15, 4, 20, 4) * weights).sum((2, 4))
+    means = sums / np.where(shares > 0, shares, 1)
+    assert np.abs(image - means)[:, valid].max() <= 0.51
+
+
+def test_a_finer_gsd_repeats_pixels(write_tiff, rng):
+    pixels = rng.integers(1, 256, (3, 20, 30), dtype=np.uint8)
+    with open_scene(write_tiff("s.tif", pixels), Reading(gsd=0.25)) as scene:
+        image, valid = scene.read(Tile(0, 0, 40, 60))
+    assert valid.all()
+    assert np.array_equal(image, pixels.repeat(2, 1).repeat(2, 2))
+
+
+def test_four_bands_of_sixteen_bits_are_resampled_with_one_flagged_alpha(write_tiff, rng):
+    pixels = square_metres(4, 40, 60, rng)
+    path = write_tiff("s.tif", pixels, photometric="rgb")
+    flagged(path, ColorInterp.alpha)
+    reading = Reading((4, 3, 2, 1), ((0, 65535),) * 4, gsd=1.0)
+    with open_scene(path, reading) as scene:
+        image, valid = scene.read(Tile(0, 0, 20, 30))
+    means = pixels[::-1].reshape(4, 20, 2, 30, 2).mean((2, 4))
+    assert valid.all()
+    assert np.abs(image - means / 257).max() <= 0.52
+
+
+def test_a_single_nan_spoils_its_own_mean_only(write_tiff, rng):
+    pixels = rng.uniform(0, 1, (1, 40, 40)).astype(np.float32)
+    pixels[0, 5, 9] = np.nan
+    with open_scene(write_tiff("s.tif", pixels), Reading((1,), ((0, 1),), gsd=2.0)) as scene:
+        valid = scene.read(Tile(0, 0, 10, 10)).valid
+    valid[1, 2] = True
+    assert valid.all()
+
+
+def test_a_gsd_needs_a_place_on_the_earth(write_tiff, pixels):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        path = write_tiff("s.tif", pixels, crs=None, transform=None)
+    with (
+        pytest.raises(RasterError, match=r"no CRS or transform, which dataset\.gsd needs"),
+        open_scene(path, Reading(gsd=1.0)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("crs", "left", "top", "gsd", "metres"),
+    [
+        ("EPSG:32633", 412000, 5326000, 0.5, 0.5),  # scale factor 0.9997 here
+        ("EPSG:32645", 500000, 3000000, 10, 10),
+        ("EPSG:3857", 9500000, 3200000, 0.1493, 0.1493 * np.cos(np.radians(27.6))),
+        ("EPSG:3857", 0, 8400000, 10, 10 * np.cos(np.radians(59.99))),
+        ("EPSG:2263", 990000, 200000, 1, 0.3048),  # feet
+    ],
+)
+def test_the_ground_gsd_is_in_metres_whatever_the_crs(crs, left, top, gsd, metres):
+    assert ground_gsd(north_up(crs, left, top, gsd, 400, 300)) == pytest.approx(metres, rel=0.004)
+
+
+def test_the_ground_gsd_of_degrees_is_the_mean_of_both_sides():
+    grid = north_up("EPSG:4326", 15, 60, 1e-5, 1000, 1000)
+    assert ground_gsd(grid) == pytest.approx(1.1133 * np.cos(np.radians(60)) ** 0.5, rel=0.004)
+
+
+def test_the_ground_gsd_of_a_turned_or_south_up_grid_is_that_of_its_pixels():
+    utm = CRS.from_epsg(32633)
+    for turned in (Affine.rotation(33), Affine.scale(1, -1)):
+        place = Affine(0.5, 0, 412000, 0, -0.5, 5326000) @ turned
+        assert ground_gsd(Grid(utm, place, 200, 300)) == pytest.approx(0.5, rel=0.001)
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.floats(0.05, 20))
+def test_a_resized_grid_covers_the_same_ground(height, width, factor):
+    grid = north_up("EPSG:32633", 412000, 5326000, 0.5, height, width)
+    found = resized(grid, factor)
+    assert found.footprint().bounds == pytest.approx(grid.footprint().bounds, abs=1e-6)
+    assert found.height == max(1, round(height / factor))

@@ -6,31 +6,35 @@ A scene is read by windows, never whole. Prepare and inference read a tile throu
 
 import contextlib
 import logging
-import os
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import rasterio
 import tifffile
+from rasterio._err import CPLE_BaseError  # what rasterio.warp raises; it has no public name
 from rasterio.crs import CRS
-from rasterio.enums import Resampling
+from rasterio.enums import ColorInterp, MaskFlags, Resampling
 from rasterio.errors import NotGeoreferencedWarning, RasterioError, RasterioIOError
 from rasterio.io import DatasetReader
 from rasterio.transform import Affine
-from rasterio.warp import reproject, transform_geom
+from rasterio.vrt import WarpedVRT
+from rasterio.warp import reproject, transform, transform_geom
 from rasterio.windows import Window
 from shapely.geometry import Polygon, mapping, shape
 
 from utils.tiling import Tile
 
-BANDS = (1, 2, 3)  # red, green, blue: what the backbone sees
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the two byte orders, BigTIFF too
-SIDECARS = (".msk", ".ovr", ".aux.xml", ".tfw", ".wld", ".prj", ".tmp")
+SIDECARS = (
+    ".msk", ".ovr", ".aux.xml", ".tfw", ".wld", ".prj", ".tmp", ".dbf", ".shx", ".cpg", ".qix",
+    ".sbn", ".sbx", ".qmd", ".qml", ".gpkg-wal", ".gpkg-shm",
+)  # fmt: skip
 BLOCK = 512  # rows and columns of a block of the written map
+NO_PLACE = (CPLE_BaseError, SystemError)  # what rasterio.warp raises for points beyond a CRS
 
 
 class RasterError(Exception):
@@ -56,8 +60,9 @@ class Grid(NamedTuple):
 
     @property
     def georeferenced(self) -> bool:
-        """Whether pixels have a place on the Earth: a CRS and a transform."""
-        return self.crs is not None and not self.transform.is_identity
+        """Whether pixels have a place on the Earth: a transform, and a CRS that is no local one."""
+        known = self.crs is not None and (self.crs.is_geographic or self.crs.is_projected)
+        return known and not self.transform.is_identity
 
     def footprint(self) -> Polygon:
         """The outline in the raster's own CRS, with points along the edges for warping.
@@ -81,9 +86,35 @@ def north_up(crs: str, left: float, top: float, gsd: float, height: int, width: 
     return Grid(CRS.from_string(crs), Affine(gsd, 0, left, 0, -gsd, top), height, width)
 
 
+def is_raster(path: Path) -> bool:
+    """Whether GDAL opens a file as a raster."""
+    try:
+        with open_raster(path):
+            return True
+    except RasterError:
+        return False
+
+
 def warp_outline(outline: Polygon, source: CRS, target: CRS) -> Polygon:
     """A polygon in another CRS."""
     return shape(transform_geom(source, target, mapping(outline))).buffer(0)
+
+
+def overlap(first: Grid, second: Grid) -> bool:
+    """Whether two grids share ground, or may do so.
+
+    Seen from both sides, as the outline of a large one may not warp right, or not at all.
+
+    >>> utm = north_up("EPSG:32633", 412000, 5326000, 0.5, 1408, 1408)
+    >>> overlap(utm, north_up("EPSG:4326", left=-180, top=90, gsd=1, height=180, width=360))
+    True
+    """
+    seen = []
+    for here, there in ((first, second), (second, first)):
+        with contextlib.suppress(*NO_PLACE):
+            outline = warp_outline(here.footprint(), here.crs, there.crs)
+            seen.append(outline.intersects(there.footprint()))
+    return any(seen) or not seen
 
 
 @contextlib.contextmanager
@@ -126,39 +157,125 @@ def check_structure(path: Path) -> None:
         )
 
 
-class Scene:
-    """One open raster, read tile by tile.
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How the pixels of every scene are read: the same in prepare, training and inference.
 
-    Bands 1 to 3 are red, green and blue in 8 bits; a pixel is valid where GDAL's dataset mask
-    (nodata, .msk file, internal mask, alpha band) says so.
+    bands: numbers from 1; ranges: for each band the two values that become 0 and 255; nodata: a
+    value without data beside what a scene declares itself; gsd: metres per pixel, None for each
+    scene's own.
     """
 
-    def __init__(self, path: Path, dataset: DatasetReader) -> None:
-        self.path = path
-        self.grid = grid_of(dataset)
+    bands: tuple[int, ...] = (1, 2, 3)
+    ranges: tuple[tuple[float, float], ...] = ((0.0, 255.0),) * 3
+    nodata: float | None = None
+    gsd: float | None = None
+
+    def line(self) -> str:
+        """The reading in words, for the log.
+
+        >>> Reading(bands=(1,), ranges=((5000.0, 20000.0),)).line()
+        'bands [1], values 5000..20000 become 0..255'
+        """
+        ranges = ", ".join(f"{low:g}..{high:g}" for low, high in dict.fromkeys(self.ranges))
+        at = f", at {self.gsd:g} m per pixel" if self.gsd else ""
+        return f"bands {list(self.bands)}, values {ranges} become 0..255{at}"
+
+
+RGB = Reading()
+
+
+def scaled(values: np.ndarray, ranges: Sequence[tuple[float, float]]) -> np.ndarray:
+    """Bands (bands, height, width) as uint8: each range's ends become 0 and 255, the rest is cut.
+
+    >>> scaled(np.array([[[5000, 12500, 40000]]], np.uint16), [(5000, 20000)]).tolist()
+    [[[0, 128, 255]]]
+    """
+    if values.dtype == np.uint8 and all(tuple(pair) == (0, 255) for pair in ranges):
+        return values
+    low, high = np.array(ranges, np.float32).T[:, :, None, None]
+    with np.errstate(over="ignore", invalid="ignore"):  # nodata such as -1.8e308
+        shares = np.nan_to_num((values.astype(np.float32) - low) / (high - low), nan=0.0)
+    return np.rint(shares.clip(0, 1) * 255).astype(np.uint8)
+
+
+class Scene:
+    """One open raster, read tile by tile on `grid`, which is its own or one of another gsd.
+
+    A pixel is valid where GDAL's dataset mask says so (nodata, .msk file, internal mask, alpha
+    band), all its bands are finite, and they are not all `reading.nodata`. An alpha band that is
+    among the bands to read is data and no mask.
+    """
+
+    def __init__(self, path: Path, name: str, dataset: Any, own: Grid, reading: Reading) -> None:
+        self.path, self.name, self.reading = path, name, reading
+        self.grid, self.own_grid = grid_of(dataset), own
         self._dataset = dataset
+        opacity = any(is_alpha(dataset, band) for band in reading.bands)
+        self._masked = not (opacity and MaskFlags.alpha in dataset.mask_flag_enums[0])
 
     @property
-    def name(self) -> str:
-        """What split lists and cached tiles call this scene: the file name without its ending."""
-        return self.path.stem
+    def identity(self) -> dict[str, Any]:
+        """What tells that the file is still the one that was read, and where its pixels lie."""
+        grid = self.grid
+        place = {
+            "height": grid.height,
+            "width": grid.width,
+            "crs": grid.crs.to_wkt() if grid.georeferenced else None,
+            "transform": list(grid.transform)[:6],
+        }
+        return file_identity(self.path) | place
 
     @property
-    def identity(self) -> dict[str, int]:
-        """What tells that the file is still the one that was read: bytes, time, shape."""
-        height, width = self.grid.height, self.grid.width
-        return {**file_identity(self.path), "height": height, "width": width}
+    def dtypes(self) -> set[np.dtype]:
+        """The types of the bands that are read."""
+        return {np.dtype(self._dataset.dtypes[band - 1]) for band in self.reading.bands}
+
+    def sample(self, side: int = 512) -> np.ndarray:
+        """Values (bands, n) of valid pixels, read with strides, at most `side` along each axis."""
+        shape = tuple(min(side, length) for length in (self.grid.height, self.grid.width))
+        bands = self.reading.bands
+        try:
+            values = self._dataset.read(bands, out_shape=(len(bands), *shape))
+            valid = np.ones(shape, bool)
+            if self._masked:
+                valid = self._dataset.dataset_mask(out_shape=shape) > 0
+        except RasterioError as error:
+            cause = error.__cause__ or error
+            raise RasterError(f"{self.path}: cannot read its pixels ({cause})") from error
+        return values[:, valid & has_data(values, self.reading.nodata)].astype(np.float64)
 
     def read(self, tile: Tile) -> Pixels:
         """The pixels of a tile; where it reaches past the scene they are mirrored and not valid."""
         window = clip(tile, self.grid)
         try:
-            image = self._dataset.read(BANDS, window=window)
-            valid = self._dataset.dataset_mask(window=window) > 0
+            values = self._dataset.read(self.reading.bands, window=window)
+            valid = np.ones(values.shape[1:], bool)
+            if self._masked:
+                valid = self._dataset.dataset_mask(window=window) > 0
         except RasterioError as error:
             cause = error.__cause__ or error
             raise RasterError(f"{self.path}: cannot read tile {tile.name} ({cause})") from error
+        valid &= has_data(values, self.reading.nodata)
+        image = scaled(values, self.reading.ranges)
         return Pixels(pad(image, tile, "reflect"), pad(valid, tile, "constant"))
+
+
+def has_data(values: np.ndarray, nodata: float | None) -> np.ndarray:
+    """Where all bands (bands, height, width) are finite and not all of them are `nodata`.
+
+    >>> has_data(np.array([[[1, np.nan, 0]], [[0, 1, 0]]]), nodata=0).tolist()
+    [[True, False, False]]
+    """
+    found = np.ones(values.shape[1:], bool)
+    if values.dtype.kind == "f":
+        found = np.isfinite(values).all(0)
+    return found if nodata is None else found & ~(values == nodata).all(0)
+
+
+def is_alpha(dataset: DatasetReader, band: int) -> bool:
+    """Whether a band is flagged as opacity."""
+    return dataset.colorinterp[band - 1] == ColorInterp.alpha
 
 
 def clip(tile: Tile, grid: Grid) -> Window:
@@ -176,56 +293,78 @@ def pad(array: np.ndarray, tile: Tile, mode: str, **options: int) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def open_scene(path: Path) -> Iterator[Scene]:
+def open_scene(path: Path, reading: Reading = RGB, name: str | None = None) -> Iterator[Scene]:
     """Open a raster as a scene, or say in one line why it cannot be one."""
     if not path.exists():
         raise RasterError(f"{path}: no such file")
     check_structure(path)
     with open_raster(path) as dataset:
-        _check_scene(path, dataset)
-        yield Scene(path, dataset)
+        _check_scene(path, dataset, reading)
+        own = grid_of(dataset)
+        with _at_gsd(path, dataset, reading) as view:
+            yield Scene(path, name or path.stem, view, own, reading)
 
 
-def _check_scene(path: Path, dataset: DatasetReader) -> None:
-    if dataset.count < len(BANDS):
-        raise RasterError(f"{path}: has {dataset.count} band(s), a scene needs {len(BANDS)} (RGB)")
-    kinds = {dataset.dtypes[band - 1] for band in BANDS}
-    if kinds != {"uint8"}:
+def _check_scene(path: Path, dataset: DatasetReader, reading: Reading) -> None:
+    if max(reading.bands) > dataset.count:
         raise RasterError(
-            f"{path}: pixels are {', '.join(sorted(kinds))}, a scene has uint8; scale it with "
-            "gdal_translate -ot Byte -scale LOW HIGH"
+            f"{path}: has {dataset.count} band(s), but bands {list(reading.bands)} are to be read "
+            "(dataset.bands)"
         )
+    kinds = {dataset.dtypes[band - 1] for band in reading.bands}
+    if any(np.dtype(kind).kind not in "uif" for kind in kinds):
+        raise RasterError(f"{path}: pixels are {', '.join(sorted(kinds))}, expected real numbers")
     if dataset.gcps[0] and dataset.transform.is_identity:
         raise RasterError(
-            f"{path}: has ground control points but no transform; warp it with gdalwarp IN OUT.tif"
+            f"{path}: has ground control points but no transform; warp it with "
+            f"gdalwarp -t_srs EPSG:CODE {path.name} warped.tif"
         )
 
 
-def find_scenes(folder: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
-    """The rasters in a folder, sorted, and the other files with the reason they are none.
+@contextlib.contextmanager
+def _at_gsd(path: Path, dataset: DatasetReader, reading: Reading) -> Iterator[Any]:
+    """The dataset itself, or a view of it with `reading.gsd` metres per pixel."""
+    if reading.gsd is None:
+        yield dataset
+        return
+    own = grid_of(dataset)
+    if not own.georeferenced:
+        raise RasterError(f"{path}: has no CRS or transform, which dataset.gsd needs")
+    target = resized(own, reading.gsd / ground_gsd(own))
+    hidden = dataset.nodata is None and not any(is_alpha(dataset, i) for i in dataset.indexes)
+    options = {} if reading.nodata is None else {"src_nodata": reading.nodata}
+    with WarpedVRT(
+        dataset, crs=own.crs, transform=target.transform, height=target.height,
+        width=target.width, resampling=Resampling.average, add_alpha=hidden and not options,
+        **options,
+    ) as view:  # fmt: skip
+        yield view
 
-    Sidecar files (masks, overviews, world files) are passed over in silence. Two rasters whose
-    names differ only in their ending are an error: tiles and split lists are named after the stem.
+
+def resized(grid: Grid, factor: float) -> Grid:
+    """The same ground in pixels `factor` times as large, in whole numbers.
+
+    >>> resized(north_up("EPSG:32633", 412000, 5326000, 0.5, 1408, 1408), 2.0)[2:]
+    (704, 704)
     """
-    if not folder.is_dir():
-        raise RasterError(f"{folder}: no such folder (paths.raw_images_dir)")
-    found: list[Path] = []
-    skipped: list[tuple[Path, str]] = []
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() or path.name.startswith(".") or path.name.lower().endswith(SIDECARS):
-            continue
-        try:
-            with open_raster(path):
-                found.append(path)
-        except RasterError as error:
-            if path.is_file():
-                check_structure(path)  # a damaged TIFF is data that is missing: not to be skipped
-            skipped.append((path, f"not a raster that GDAL can open ({error.__cause__})"))
-    stems = [path.stem for path in found]
-    for path in found:
-        if stems.count(path.stem) > 1:
-            raise RasterError(f"{path}: another scene in {folder} has the name '{path.stem}' too")
-    return found, skipped
+    height, width = (max(1, round(length / factor)) for length in (grid.height, grid.width))
+    scale = Affine.scale(grid.width / width, grid.height / height)
+    return Grid(grid.crs, grid.transform @ scale, height, width)
+
+
+def ground_gsd(grid: Grid) -> float:
+    """Metres on the ground per pixel at the grid's centre, whatever the CRS's unit and distortion.
+
+    >>> round(ground_gsd(north_up("EPSG:3857", 9500000, 3200000, 0.1493, 4096, 3072)), 3)
+    0.132
+    """
+    col, row = grid.width / 2, grid.height / 2
+    points = [grid.transform @ point for point in ((col, row), (col + 1, row), (col, row + 1))]
+    lon, lat = transform(grid.crs, CRS.from_epsg(4326), *zip(*points, strict=True))
+    local = CRS.from_string(f"+proj=laea +lat_0={lat[0]} +lon_0={lon[0]} +datum=WGS84 +units=m")
+    east, north = transform(grid.crs, local, *zip(*points, strict=True))
+    sides = np.hypot(np.subtract(east[1:], east[0]), np.subtract(north[1:], north[0]))
+    return float(np.sqrt(sides.prod()))
 
 
 def file_identity(path: Path) -> dict[str, int]:
@@ -234,95 +373,17 @@ def file_identity(path: Path) -> dict[str, int]:
     Overviews and statistics do not count: viewers add them, and the pixels stay what they were.
     """
     with open_raster(path) as dataset:
-        parts = {Path(name) for name in dataset.files if not name.endswith((".ovr", ".aux.xml"))}
-    parts.add(path)
-    stats = [part.stat() for part in parts if part.is_file()]
+        parts = [Path(name) for name in dataset.files if not name.endswith((".ovr", ".aux.xml"))]
+    return stat_of([part for part in parts if part.is_file()])
+
+
+def stat_of(parts: Sequence[Path]) -> dict[str, int]:
+    """Bytes in all and latest modification time (ns) of some files."""
+    stats = [part.stat() for part in parts]
     return {
         "bytes": sum(stat.st_size for stat in stats),
         "modified": max(stat.st_mtime_ns for stat in stats),
     }
-
-
-def map_nodata(num_classes: int) -> int:
-    """The value of unmapped pixels: 255 in a uint8 map, 65535 above 254 classes (uint16).
-
-    >>> map_nodata(6), map_nodata(254), map_nodata(255)
-    (255, 255, 65535)
-    """
-    return 255 if num_classes <= 254 else 65535
-
-
-class MapWriter:
-    """A class map that grows downwards and gets its name when it is whole.
-
-    Single band, uint8 (uint16 above 254 classes), deflate, 512-pixel blocks, BigTIFF where needed,
-    CRS and transform of the scene. Rows come in any number; they are written in whole blocks.
-    """
-
-    def __init__(self, path: Path, grid: Grid, num_classes: int) -> None:
-        self.path = path
-        self.nodata = map_nodata(num_classes)
-        self.dtype = np.dtype("uint8" if self.nodata == 255 else "uint16")
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._grid = grid
-        self._rows = np.empty((0, grid.width), self.dtype)
-        self._written = 0
-
-    def __enter__(self) -> "MapWriter":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._dataset = rasterio.open(
-            self._temporary,
-            "w",
-            driver="GTiff",
-            height=self._grid.height,
-            width=self._grid.width,
-            count=1,
-            dtype=self.dtype,
-            crs=self._grid.crs,
-            transform=self._grid.transform,
-            nodata=self.nodata,
-            tiled=True,
-            blockxsize=BLOCK,
-            blockysize=BLOCK,
-            compress="deflate",
-            bigtiff="IF_SAFER",
-        )
-        return self
-
-    def write(self, rows: np.ndarray) -> None:
-        """Append finished rows, (n, width)."""
-        self._rows = np.concatenate([self._rows, rows.astype(self.dtype)])
-        whole = len(self._rows) // BLOCK * BLOCK
-        if self._written + len(self._rows) == self._grid.height:
-            whole = len(self._rows)
-        if whole:
-            window = Window(0, self._written, self._grid.width, whole)
-            self._dataset.write(self._rows[:whole], 1, window=window)
-            self._written += whole
-            self._rows = self._rows[whole:]
-
-    def _check_whole(self) -> None:
-        """GDAL closes a file on a full disk without a word."""
-        if self._written != self._grid.height:
-            raise ValueError(f"{self.path}: {self._written} rows of {self._grid.height} written")
-        try:
-            check_structure(self._temporary)
-        except RasterError as error:
-            raise OSError(f"{self.path}: not written whole; is the disk full?") from error
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            self._dataset.close()
-            if error is None:
-                self._check_whole()
-                self._temporary.replace(self.path)
-        finally:
-            self._temporary.unlink(missing_ok=True)
 
 
 def write_raster(path: Path, bands: np.ndarray, grid: Grid, nodata: int | None = None) -> None:
@@ -362,3 +423,14 @@ def read_whole(path: Path) -> np.ndarray:
     """All bands of a small raster, (bands, height, width): for reports, not for scenes."""
     with open_raster(path) as dataset:
         return dataset.read()
+
+
+def rows_on(path: Path, grid: Grid, rows: int = BLOCK) -> Iterator[np.ndarray]:
+    """All of a raster (bands, n, width) on another grid, nearest neighbour, from the top."""
+    with open_raster(path) as dataset, WarpedVRT(
+        dataset, crs=grid.crs, transform=grid.transform, height=grid.height, width=grid.width,
+        resampling=Resampling.nearest, tolerance=1e-6,
+    ) as view:  # fmt: skip
+        for row in range(0, grid.height, rows):
+            count = min(rows, grid.height - row)
+            yield view.read(window=Window(0, row, grid.width, count))
