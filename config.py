@@ -6,18 +6,18 @@ Faults are collected, so that a ConfigError has a line for each. Relative paths 
 folder of the file, those of a --set argument from the working directory.
 """
 
-import difflib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import reduce
-from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic import model_validator as validator
 
+from utils.key_faults import key_at, shown, unknown_key, wrong_value
+from utils.key_rules import NEEDED_PATHS, SHARED, clashes, class_clashes, gaps
 from utils.strict_yaml import ConfigError, Draft, Keys, dump, named, read_file
 
 # ---- the keys ----
@@ -42,6 +42,20 @@ def increasing(numbers: tuple[int, ...]) -> tuple[int, ...]:
     return numbers
 
 
+def distinct(numbers: tuple[int, ...]) -> tuple[int, ...]:
+    """The numbers as they are, if none is there twice."""
+    if len(set(numbers)) < len(numbers):
+        raise ValueError("twice")
+    return numbers
+
+
+def rising(pair: tuple[float, float]) -> tuple[float, float]:
+    """The pair as it is, if its first number is the lower one."""
+    if not pair[0] < pair[1]:
+        raise ValueError("not rising")
+    return pair
+
+
 # A title is the key's rule in plain words; a rule without one is read off the key's schema.
 Device = Annotated[
     str, Field(pattern=r"^(auto|cpu|cuda(:(0|[1-9][0-9]*))?)$", title="auto, cpu, cuda or cuda:N")
@@ -51,11 +65,20 @@ TileSize = Annotated[
 ]
 FilePath = Annotated[Path, BeforeValidator(expanded), Field(strict=False)]
 OptionalPath = FilePath | None
+PATHS = "a path, a list of paths, or null"
+FilePaths = Annotated[tuple[FilePath, ...], Field(strict=False, min_length=1)]
+OptionalPaths = FilePath | FilePaths | None  # a file, a folder, a pattern, or a list of them
 Count = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 Block = Annotated[int, Field(ge=0)]
 Layers = Annotated[tuple[Block, ...], Field(strict=False), AfterValidator(increasing)]
+Band = Annotated[int, Field(ge=1)]
+Bands = Annotated[tuple[Band, ...], Field(strict=False, min_length=1), AfterValidator(distinct)]
+Range = Annotated[tuple[float, float], Field(strict=False), AfterValidator(rising)]
+Ranges = Annotated[tuple[Range, ...], Field(strict=False, min_length=1)]
+Color = Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$", title="a color such as '#33aa55'")]
+Share = Annotated[float, Field(ge=0, le=1)]
 Means = Annotated[tuple[float, float, float], Field(strict=False)]
 Deviations = Annotated[tuple[Rate, Rate, Rate], Field(strict=False)]
 
@@ -95,8 +118,14 @@ class Logging(Section):
 class Paths(Section):
     """Shared by all phases; a phase's own key overrides."""
 
-    raw_images_dir: OptionalPath = Field(None, description="folder of scenes")
-    label_path: OptionalPath = Field(None, description="label raster")
+    raw_images_dir: OptionalPaths = Field(
+        None, title=PATHS, description="scenes: a file, a folder, a pattern, or a list of these"
+    )
+    label_path: OptionalPaths = Field(
+        None,
+        title=PATHS,
+        description="labels: rasters or polygons; a file, folder, pattern, or a list, first wins",
+    )
     processed_dir: OptionalPath = Field(None, description="folder of the tile cache")
 
 
@@ -110,18 +139,95 @@ class Augmentations(Section):
 
 
 class Splits(Section):
-    """Which tiles train and which validate; without lists train.val_fraction decides."""
+    """Which tiles train and which validate; by default train.val_fraction in blocks of ground."""
 
-    train_list: OptionalPath = Field(None, description="file of tiles or scenes, one a line")
-    val_list: OptionalPath = Field(None, description="file of tiles or scenes, one a line")
+    train_list: OptionalPath = Field(
+        None, description="file of tiles or scenes, one a line, or of polygons"
+    )
+    val_list: OptionalPath = Field(None, description="the same for validation")
+    regions: OptionalPath = Field(
+        None, description="file of polygons with a field split: train, val or test"
+    )
+    block: Rate | None = Field(
+        None, description="side of the blocks to hold out, in metres; null: about four blocks"
+    )
+    buffer: Weight = Field(
+        0.0, description="metres around validation tiles in which training tiles are dropped"
+    )
+
+
+class ClassSpec(Section):
+    """One class: its name, the label values that mean it, its color on the map."""
+
+    name: str = Field(min_length=1, description="as the map's legend has it")
+    values: Annotated[tuple[int | str, ...], Field(strict=False)] = Field(
+        (), description="raster values or attribute texts; none in any class: the ids themselves"
+    )
+    color: Color | None = Field(None, description="like '#33aa55'; null: one of ours")
+
+
+class Labels(Section):
+    """How label files are read."""
+
+    attribute: str | None = Field(
+        None, description="field of polygons with their class; null: every polygon is class 1"
+    )
+    layer: str | None = Field(None, description="layer of a GeoPackage; null: the only one")
+    all_touched: bool = Field(
+        False, description="burn every pixel a polygon touches, not those whose centre is inside"
+    )
+    background: Annotated[int, Field(ge=0)] | Literal["ignore"] = Field(
+        0,
+        title="a class id or ignore",
+        description="class of pixels that no polygon covers, or ignore",
+    )
+    unlisted: Literal["error", "ignore", "background"] = Field(
+        "error", description="what becomes of label values that are no class"
+    )
+    nodata: Literal["auto", "none"] | float = Field(
+        "auto",
+        title="auto, none or a number",
+        description="label raster's value of unlabelled pixels; auto: as declared, unless a class",
+    )
+    erode_borders: Annotated[int, Field(ge=0, le=64)] = Field(
+        0, description="pixels on each side of a class border to ignore"
+    )
 
 
 class Dataset(Section):
     """What is learnt from."""
 
+    bands: Bands | None = Field(
+        None,
+        title="a list of different band numbers from 1, or null",
+        description="bands that a head sees, from 1; null: the first three, or the only one",
+    )
+    rgb: Bands | None = Field(
+        None,
+        title="a list of one or three of the bands, or null",
+        description="those of the bands that the backbone sees; null: the first three of them",
+    )
+    input_range: Literal["auto", "dtype"] | Range | Ranges = Field(
+        "auto",
+        title="auto, dtype, [low, high] or a list with such a pair for each band",
+        description="pixel values that become 0 and 1; auto: 0..255 for uint8, otherwise the "
+        "1st and 99th percentile of each band over the training scenes",
+    )
+    nodata: float | None = Field(
+        None, description="value of pixels without data, beside what the scenes declare themselves"
+    )
+    gsd: Rate | None = Field(
+        None, description="metres per pixel to read every scene at; null: each at its own"
+    )
     ignore_index: int = Field(
         255, ge=0, le=65535, description="label value left out of loss and metrics; not a class id"
     )
+    classes: Annotated[tuple[ClassSpec, ...], Field(strict=False, min_length=2)] | None = Field(
+        None,
+        title="a list of two or more of {name: NAME, values: [VALUE, ...], color: '#rrggbb'}",
+        description="classes in the order of their ids; null: values 0 .. num_classes - 1",
+    )
+    labels: Labels = Field(default_factory=Labels)
     augmentations: Augmentations = Field(default_factory=Augmentations)
     splits: Splits = Field(default_factory=Splits)
 
@@ -159,11 +265,24 @@ class Prepare(Section):
     """Phase 1: scenes and labels become cached tiles."""
 
     enable: bool = Field(True, description="run this phase")
-    raw_images_dir: OptionalPath = Field(None, description="null: paths.raw_images_dir")
-    label_path: OptionalPath = Field(None, description="null: paths.label_path")
+    raw_images_dir: OptionalPaths = Field(
+        None, title=PATHS, description="null: paths.raw_images_dir"
+    )
+    label_path: OptionalPaths = Field(
+        None, title=PATHS, description="null: paths.label_path"
+    )
     processed_dir: OptionalPath = Field(None, description="null: paths.processed_dir")
     tile_size: TileSize = Field(512, description="side of a tile in pixels, a multiple of 16")
     batch_size: Count = Field(8, description="tiles per forward of the backbone")
+    min_valid: Share = Field(
+        0.0, description="share of valid pixels below which a tile is left out"
+    )
+    min_labeled: Share = Field(
+        0.0, description="share of labelled pixels below which a tile is left out"
+    )
+    background_keep: Share = Field(
+        1.0, description="share of the tiles with nothing but class 0 that is kept, seeded"
+    )
     device: Device = Field("auto", description="auto, cpu, cuda or cuda:N")
 
 
@@ -180,6 +299,17 @@ class Loss(Section):
 
     ce_weight: Weight = Field(1.0, description="cross-entropy")
     dice_weight: Weight = Field(1.0, description="Dice")
+    class_weights: Literal["none", "auto"] | Annotated[
+        tuple[Weight, ...], Field(strict=False, min_length=2)
+    ] = Field(
+        "none",
+        title="none, auto or a list of a number for each class",
+        description="of cross-entropy; auto: from the classes' shares of the training tiles",
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of a label spread over all classes, in cross-entropy"
+    )
+    focal_gamma: Weight = Field(0.0, description="focus on hard pixels, in cross-entropy; 0: none")
     aux_weight: Weight = Field(0.4, description="deep supervision, beside the main output's 1")
 
 
@@ -200,6 +330,9 @@ class Train(Section):
     patience: Count = Field(10, description="epochs without a better mIoU before training stops")
     val_fraction: float = Field(0.2, gt=0, lt=1, description="share of tiles that validate")
     num_workers: int = Field(4, ge=0, description="loader processes; 0: none")
+    sampler: Literal["uniform", "balanced"] = Field(
+        "uniform", description="balanced: each class is met equally often"
+    )
     grad_accum_steps: Count = Field(1, description="batches per optimizer step")
     compile: bool = Field(False, description="torch.compile the head")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="of averaged weights; 0: no averaging")
@@ -211,16 +344,38 @@ class TTA(Section):
 
     horizontal_flip: bool = Field(False, description="mirror left to right")
     vertical_flip: bool = Field(False, description="mirror top to bottom")
+    rotate90: bool = Field(False, description="quarter turns")
 
 
 class Inference(Section):
     """Phase 4: a scene becomes a map."""
 
     enable: bool = Field(False, description="run this phase")
-    input_tif: OptionalPath = Field(None, description="scene to map")
-    output_tif: OptionalPath = Field(None, description="map to write")
+    input_tif: OptionalPaths = Field(
+        None, title=PATHS, description="scenes to map: a file, folder, pattern, or a list of these"
+    )
+    output_tif: OptionalPath = Field(
+        None, description="map to write; for several scenes a folder of maps"
+    )
     checkpoint: OptionalPath = Field(None, description="null: the best one in train.weights_dir")
     tile_size: TileSize = Field(512, description="side of a tile in pixels, a multiple of 16")
+    blend: Literal["hann", "gaussian", "linear", "constant"] = Field(
+        "hann", description="weight of a tile's pixels where tiles overlap"
+    )
+    format: Literal["cog", "gtiff"] = Field(
+        "cog", description="Cloud Optimized GeoTIFF with overviews, or plain GeoTIFF"
+    )
+    probabilities: OptionalPath = Field(
+        None, description="raster of each class's probability, 0..250; for several scenes a folder"
+    )
+    confidence: OptionalPath = Field(
+        None, description="raster of the winning probability, 0..250; for several scenes a folder"
+    )
+    polygons: OptionalPath = Field(
+        None, description=".gpkg or .geojson of the map; for several scenes a folder"
+    )
+    min_area: Weight = Field(0.0, description="polygons below join a neighbour, in square metres")
+    simplify: Weight = Field(0.0, description="tolerance of the polygons' outlines, in metres")
     overlap: float = Field(0.25, ge=0, lt=1, description="share of a tile, repeated by the next")
     batch_size: Count = Field(8, description="tiles per forward")
     device: Device = Field("auto", description="auto, cpu, cuda or cuda:N")
@@ -239,15 +394,6 @@ class Config(Section):
     verify: Verify = Field(default_factory=Verify)
     train: Train = Field(default_factory=Train)
     inference: Inference = Field(default_factory=Inference)
-
-
-SHARED = Paths.model_fields
-NEEDED_PATHS = {
-    "prepare": ("raw_images_dir", "label_path", "processed_dir"),
-    "verify": ("processed_dir",),
-    "train": ("processed_dir",),
-    "inference": ("input_tif", "output_tif"),
-}
 
 
 # ---- the public functions ----
@@ -290,7 +436,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     draft.data = draft.data or {}
     for number, override in enumerate(overrides):
         draft.override(override, number)
-    config = with_shared_paths(anchored(checked(draft), draft))
+    config = with_classes(with_shared_paths(anchored(checked(draft), draft)), draft)
     check_together(draft, config)
     if draft.faults:
         raise draft.error()
@@ -337,6 +483,8 @@ def anchored(section: Section, draft: Draft, above: Keys = ()) -> Section:
             changes[name] = anchored(value, draft, (*above, name))
         elif isinstance(value, Path):
             changes[name] = Path(os.path.normpath(folder / value))
+        elif isinstance(value, tuple) and isinstance(value[0], Path):
+            changes[name] = tuple(Path(os.path.normpath(folder / path)) for path in value)
         elif name == "backbone" and value.startswith((".", "/")):
             changes[name] = os.path.normpath(folder / value)
     return section.model_copy(update=changes)
@@ -352,40 +500,17 @@ def with_shared_paths(config: Config) -> Config:
     return config.model_copy(update=sections)
 
 
-def clashes(config: Config) -> Iterator[tuple[str, ...]]:
-    """Values that do not go together: the fault, then the keys that take part, to blame first."""
-    ignore, classes = config.dataset.ignore_index, config.model.num_classes
-    if ignore < classes:
-        fault = f"dataset.ignore_index: {ignore} is a class id, expected model.num_classes or more"
-        yield f"{fault} (at least {classes})", "dataset.ignore_index", "model.num_classes"
-    if config.train.loss.ce_weight + config.train.loss.dice_weight == 0:
-        fault = "train.loss: ce_weight and dice_weight are both 0, expected one above 0"
-        yield fault, "train.loss.ce_weight", "train.loss.dice_weight"
-    scene, result = config.inference.input_tif, config.inference.output_tif
-    if scene and scene == result:
-        fault = "inference.output_tif: found the path of inference.input_tif, expected another file"
-        yield fault, "inference.output_tif", "inference.input_tif"
-
-
-def gaps(config: Config) -> Iterator[tuple[str, ...]]:
-    """What other keys ask for and nobody gave; told like a clash."""
-    splits, model = config.dataset.splits, config.model
-    for above, section, *names in (
-        ("dataset.splits", splits, "train_list", "val_list"),
-        ("model", model, "image_mean", "image_std"),
-    ):
-        absent = [name for name in names if getattr(section, name) is None]
-        if len(absent) == 1:
-            given = next(name for name in names if name not in absent)
-            fault = f"{above}.{given}: {absent[0]} is missing, expected both or neither"
-            yield fault, f"{above}.{given}", f"{above}.{absent[0]}"
-    for phase, names in NEEDED_PATHS.items():
-        section = getattr(config, phase)
-        for name in names if section.enable else ():
-            if getattr(section, name) is None:
-                keys = [f"paths.{name}"] * (name in SHARED) + [f"{phase}.{name}"]
-                fault = f"{phase} needs {name}: set {' or '.join(keys)}"
-                yield fault, phase, f"{phase}.enable", *keys
+def with_classes(config: Config, draft: Draft) -> Config:
+    """The config whose num_classes is the length of dataset.classes, where that is given."""
+    classes = config.dataset.classes
+    if classes is None:
+        return config
+    written, found = draft.values.get(("model", "num_classes")), config.model.num_classes
+    if written and found != len(classes):
+        fault = f"model.num_classes: {found}, but dataset.classes has {len(classes)}; leave it out"
+        draft.faults.append((written, fault))
+    model = config.model.model_copy(update={"num_classes": len(classes)})
+    return config.model_copy(update={"model": model})
 
 
 def checked(draft: Draft) -> Config:
@@ -395,96 +520,28 @@ def checked(draft: Draft) -> Config:
     except ValidationError as error:
         problems = error.errors()
     for problem in problems:
-        keys = tuple(takewhile(lambda key: isinstance(key, str), problem["loc"]))
+        keys = key_at(Config, problem["loc"])
         value = reduce(dict.__getitem__, keys[:-1], draft.data).pop(keys[-1], None)
-        if problem["type"] == "extra_forbidden":
+        if problem["type"] == "extra_forbidden" and keys == problem["loc"]:
             draft.unknown.add(named(keys))
-            draft.faults.append((draft.keys[keys], unknown_key(keys)))
+            draft.faults.append((draft.keys[keys], unknown_key(Config, keys)))
         elif named(keys) not in draft.faulty:
             draft.faulty.add(named(keys))
-            places = draft.values.get(problem["loc"]), draft.values.get(keys), draft.keys.get(keys)
-            draft.faults.append((next(filter(None, places)), wrong_value(keys, value)))
+            loc = problem["loc"]
+            depth = next((n for n in range(len(loc), 0, -1) if loc[:n] in draft.values), 0)
+            place = draft.values[loc[:depth]] if depth >= len(keys) else draft.keys[keys]
+            fault = wrong_value(Config, keys, value, loc[len(keys) : depth])
+            draft.faults.append((place, fault))
     return Config.model_validate(draft.data)
 
 
 def check_together(draft: Draft, config: Config) -> None:
     """Note what is wrong between keys, but for keys that are already at fault."""
-    told = [(draft.values, clash) for clash in clashes(config)]
+    clashing = [*clashes(config), *class_clashes(config)]
+    told = [(draft.values, clash) for clash in clashing]
     if not draft.unknown:  # a misspelt key may be the very one that seems to be missing
         told += [(draft.keys, gap) for gap in gaps(config)]
     for places, (fault, *involved) in told:
         if draft.faulty.isdisjoint(involved):
             written = (places.get(tuple(key.split("."))) for key in involved)
             draft.faults.append((next(filter(None, written), draft.origin), fault))
-
-
-# ---- faults in plain words ----
-
-NOUNS = {"integer": "a whole number", "number": "a number", "boolean": "true or false"}
-BOUNDS = {
-    "minimum": "of at least",
-    "exclusiveMinimum": "above",
-    "maximum": "at most",
-    "exclusiveMaximum": "below",
-}
-
-
-def rule(schema: dict) -> str:
-    """What a key's schema asks for.
-
-    >>> rule({"type": "number", "minimum": 0, "exclusiveMaximum": 1})
-    'a number of at least 0 and below 1'
-    """
-    if "anyOf" in schema:
-        return f"{rule(schema['anyOf'][0])} or null"
-    if "enum" in schema:
-        return f"one of {', '.join(schema['enum'])}"
-    if schema.get("type") == "string":
-        return "a path" if schema.get("format") == "path" else "text"
-    bounds = [f"{word} {schema[bound]}" for bound, word in BOUNDS.items() if bound in schema]
-    noun = NOUNS.get(schema.get("type"), "a section of keys")
-    return f"{noun} {' and '.join(bounds)}".strip()
-
-
-def shown(value: object) -> str:
-    """A value as a fault names it: in YAML's words, and cut where it is long."""
-    if isinstance(value, dict):
-        return "a section of keys"
-    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def section_class(keys: Keys) -> type[Section]:
-    """The class of the section that these keys lead to."""
-    section = Config
-    for key in keys:
-        section = section.model_fields[key].annotation
-    return section
-
-
-def key_paths(section: type[Section] = Config, above: str = "") -> Iterator[str]:
-    """Every section and key there is, dotted."""
-    for name, info in section.model_fields.items():
-        yield above + name
-        if info.default_factory:
-            yield from key_paths(info.annotation, f"{above}{name}.")
-
-
-def wrong_value(keys: Keys, value: object) -> str:
-    """The fault of a key whose value is unfit."""
-    section = section_class(keys[:-1])
-    schema = section.model_json_schema()["properties"][keys[-1]]
-    expected = section.model_fields[keys[-1]].title or rule(schema)
-    return f"{named(keys)}: found {shown(value)}, expected {expected}"
-
-
-def unknown_key(keys: Keys) -> str:
-    """The fault of a key that does not exist, with the one that was probably meant."""
-    siblings = list(section_class(keys[:-1]).model_fields)
-    elsewhere = [path for path in key_paths() if path.split(".")[-1] == keys[-1]]
-    near = difflib.get_close_matches(keys[-1], siblings, 1, 0.75)
-    guesses = near or elsewhere or difflib.get_close_matches(keys[-1], siblings, 1)
-    hint = f"expected one of {', '.join(siblings)}"
-    if guesses:
-        hint = f"did you mean {' or '.join(map(repr, guesses))}?"
-    return f"{named(keys)}: unknown key, {hint}"

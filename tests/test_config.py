@@ -56,17 +56,48 @@ inference: {enable: false, input_tif: null, output_tif: null, checkpoint: null, 
             overlap: 0.25, device: auto, tta: {horizontal_flip: false, vertical_flip: false}}
 """
 OURS = {
+    "dataset.bands": None,
+    "dataset.rgb": None,
+    "dataset.input_range": "auto",
+    "dataset.nodata": None,
+    "dataset.gsd": None,
     "dataset.ignore_index": 255,
+    "dataset.classes": None,
+    "dataset.labels.attribute": None,
+    "dataset.labels.layer": None,
+    "dataset.labels.all_touched": False,
+    "dataset.labels.background": 0,
+    "dataset.labels.unlisted": "error",
+    "dataset.labels.nodata": "auto",
+    "dataset.labels.erode_borders": 0,
+    "dataset.splits.regions": None,
+    "dataset.splits.block": None,
+    "dataset.splits.buffer": 0.0,
     "model.image_mean": None,
     "model.image_std": None,
     "prepare.raw_images_dir": None,
     "prepare.label_path": None,
     "prepare.processed_dir": None,
     "prepare.batch_size": 8,
+    "prepare.min_valid": 0.0,
+    "prepare.min_labeled": 0.0,
+    "prepare.background_keep": 1.0,
     "verify.processed_dir": None,
     "train.weight_decay": 0.01,
     "train.clip_grad": 1.0,
+    "train.sampler": "uniform",
+    "train.loss.class_weights": "none",
+    "train.loss.label_smoothing": 0.0,
+    "train.loss.focal_gamma": 0.0,
     "inference.batch_size": 8,
+    "inference.blend": "hann",
+    "inference.format": "cog",
+    "inference.probabilities": None,
+    "inference.confidence": None,
+    "inference.polygons": None,
+    "inference.min_area": 0.0,
+    "inference.simplify": 0.0,
+    "inference.tta.rotate90": False,
 }
 SAMPLES = {  # in the example only: what has no default
     "paths.raw_images_dir",
@@ -75,6 +106,9 @@ SAMPLES = {  # in the example only: what has no default
     "inference.input_tif",
     "inference.output_tif",
 }
+
+
+THREE = "[{name: field, values: [1, 2]}, {name: road}, {name: wood, values: [mixed, '7']}]"
 
 
 def flat(data: dict, above: str = "") -> dict:
@@ -204,7 +238,7 @@ def test_a_fault_is_one_line_without_control_characters(write):
         ("train.num_classes=2", "did you mean 'model.num_classes'?"),
         ("train.tile_size=64", "did you mean 'prepare.tile_size' or 'inference.tile_size'?"),
         ("horizontal_flip=true", "did you mean 'inference.tta.horizontal_flip'?"),
-        ("dataset.splits.zzz=1", "expected one of train_list, val_list"),
+        ("dataset.splits.zzz=1", "expected one of train_list, val_list, regions, block, buffer"),
     ],
 )
 def test_an_unknown_key_gets_the_one_that_was_meant(write, override, hint):
@@ -216,6 +250,13 @@ def test_an_unknown_key_gets_the_one_that_was_meant(write, override, hint):
 WHOLE = "expected a whole number of at least 1"
 SHARE = "expected a number of at least 0 and below 1"
 PATCH = "expected a whole multiple of 16, the patch size of DINOv3"
+PATHS_RULE = "expected a path, a list of paths, or null"
+BANDS = "expected a list of different band numbers from 1, or null"
+RANGES = "expected auto, dtype, [low, high] or a list with such a pair for each band"
+CLASSES = (
+    "expected a list of two or more of {name: NAME, values: [VALUE, ...], color: '#rrggbb'}"
+)
+WEIGHTS = "expected none, auto or a list of a number for each class"
 LAYERS = "expected a list of block numbers, 0 or more and increasing, or null"
 
 
@@ -285,8 +326,45 @@ LAYERS = "expected a list of block numbers, 0 or more and increasing, or null"
         ("model.image_mean", "[0.1, 0.2]", "expected a list of three numbers or null"),
         ("model.image_std", "[1, 0, 1]", "expected a list of three numbers above 0 or null"),
         ("train.loss", "5", "expected a section of keys"),
+        ("prepare.label_path", "[]", PATHS_RULE),
+        ("prepare.label_path", "[a, 3]", PATHS_RULE),
+        ("prepare.raw_images_dir", "['']", PATHS_RULE),
+        ("inference.input_tif", "{a: b}", PATHS_RULE),
+        ("dataset.bands", "[]", BANDS),
+        ("dataset.bands", "[0, 1]", BANDS),
+        ("dataset.bands", "[2, 2]", BANDS),
+        ("dataset.bands", "3", BANDS),
+        ("dataset.input_range", "full", RANGES),
+        ("dataset.input_range", "[5, 1]", RANGES),
+        ("dataset.input_range", "[5, 5]", RANGES),
+        ("dataset.input_range", "[[1, 2], [3]]", RANGES),
+        ("dataset.input_range", "[]", RANGES),
+        ("dataset.nodata", ".nan", "expected a number or null"),
+        ("dataset.gsd", "0", "expected a number above 0 or null"),
+        ("dataset.classes", "[]", CLASSES),
+        ("dataset.classes", "[{name: wood}]", CLASSES),
+        ("dataset.classes", "{name: wood}", CLASSES),
+        ("dataset.labels.background", "none", "expected a class id or ignore"),
+        ("dataset.labels.background", "-1", "expected a class id or ignore"),
+        ("dataset.labels.unlisted", "drop", "expected one of error, ignore, background"),
+        ("dataset.labels.nodata", "null", "expected auto, none or a number"),
+        ("dataset.labels.erode_borders", "65",
+         "expected a whole number of at least 0 and at most 64"),
+        ("dataset.splits.block", "0", "expected a number above 0 or null"),
+        ("dataset.splits.buffer", "-1", "expected a number of at least 0"),
+        ("prepare.min_valid", "1.1", "expected a number of at least 0 and at most 1"),
+        ("prepare.background_keep", "-0.1", "expected a number of at least 0 and at most 1"),
+        ("train.sampler", "random", "expected one of uniform, balanced"),
+        ("train.loss.class_weights", "[1]", WEIGHTS),
+        ("train.loss.class_weights", "[1, -1]", WEIGHTS),
+        ("train.loss.class_weights", "even", WEIGHTS),
+        ("train.loss.label_smoothing", "1", SHARE),
+        ("train.loss.focal_gamma", "-1", "expected a number of at least 0"),
+        ("inference.blend", "cosine", "expected one of hann, gaussian, linear, constant"),
+        ("inference.format", "png", "expected one of cog, gtiff"),
+        ("inference.min_area", "-1", "expected a number of at least 0"),
     ],
-)
+)  # fmt: skip
 def test_an_unfit_value_is_one_line_with_the_rule(write, key, value, expected):
     section, name = key.rsplit(".", 1)
     opened = "".join(f"{'  ' * depth}{part}:\n" for depth, part in enumerate(section.split(".")))
@@ -299,6 +377,28 @@ def test_an_unfit_value_is_one_line_with_the_rule(write, key, value, expected):
     assert f": {key}: found " in line
     assert line.endswith(f", {expected}")
     assert len(line) < 220
+
+
+@pytest.mark.parametrize(
+    ("item", "found", "column"),
+    [
+        ("{name: b, color: red}", "color: 'red'", 22),
+        ("{name: b, colour: '#112233'}", "colour: '#112233'", 23),
+        ("{name: b, values: [1, 1.5]}", "1.5", 27),
+        ("{name: b, values: [true]}", "true", 24),
+        ("{name: b, values: 4}", "values: 4", 23),
+        ("{name: ''}", "name: ''", 12),
+        ("{values: [1]}", "[{'values': [1]}]", 5),
+        ("wood", "['a long list'...", 5),
+    ],
+)
+def test_an_unfit_class_is_told_at_its_own_place(write, item, found, column):
+    text = f"{PATHS}dataset:\n  classes:\n  - {{name: a, values: [0]}}\n  - {item}\n"
+    text += "train: {loss: {class_weights: [1, 2, 3]}}\n"  # of how many classes nobody knows
+    (line,) = faults(write(text))
+    assert line.startswith(f"config.yml:5:{column}: dataset.classes: found ")
+    assert line.endswith(f", {CLASSES}")
+    assert found in line or item == "wood"
 
 
 @pytest.mark.parametrize("value", ["auto", "cpu", "cuda", "cuda:0", "cuda:12"])
@@ -317,6 +417,29 @@ def test_devices(write, value):
         (["model.image_mean=[0, 0, 0]"], "model.image_mean: image_std is missing"),
         (["model.image_std=[1, 1, 1]"], "model.image_std: image_mean is missing"),
         (["inference={input_tif: a, output_tif: ./a}"], "inference.output_tif: found the path of"),
+        (["inference={input_tif: [b, a], output_tif: a}"], "inference.output_tif: found the path"),
+        (["inference.polygons=roofs.shp"], "inference.polygons: found .shp, expected .gpkg or"),
+        (["dataset={rgb: [1, 2]}"], "dataset.rgb: found [1, 2], expected one or three of"),
+        (["dataset={bands: [1, 2, 3], rgb: [2, 3, 4]}"], "dataset.rgb: found [2, 3, 4]"),
+        (
+            ["dataset={bands: [1, 2, 3], input_range: [[0, 1], [0, 2]]}"],
+            "dataset.input_range: 2 pairs, expected one or 3, as many as dataset.bands",
+        ),
+        (["dataset.labels.background=2"], "dataset.labels.background: found 2, expected a class"),
+        (["train.loss.class_weights=[1, 2, 3]"], "train.loss.class_weights: 3 numbers, expected 2"),
+        (
+            ["dataset.splits={regions: a, train_list: b, val_list: c}"],
+            "dataset.splits: regions and train_list are given, expected one of them",
+        ),
+        (["dataset.classes=[{name: a}, {name: a}]"], "dataset.classes: name a is given twice"),
+        (
+            ["dataset.classes=[{name: a, values: [4]}, {name: b, values: [5, '4']}]"],
+            "dataset.classes: value 4 is given twice",
+        ),
+        (
+            ["model.num_classes=3", f"dataset.classes={THREE.replace('{name: road}, ', '')}"],
+            "model.num_classes: 3, but dataset.classes has 2; leave it out",
+        ),
     ],
 )
 def test_keys_that_do_not_go_together(write, overrides, fault):
@@ -342,6 +465,35 @@ def test_keys_that_do_go_together(write):
     assert config.model.image_mean == (0, 0.5, 1)
     assert config.model.image_std == (1, 0.1, 1)
     assert config.model.layers == (0, 3)
+
+
+def test_the_number_of_classes_follows_from_their_list(write):
+    config = load_config(write(PATHS), [f"dataset.classes={THREE}"])
+    assert config.model.num_classes == 3
+    assert [each.values for each in config.dataset.classes] == [(1, 2), (), ("mixed", "7")]
+    same = load_config(write(PATHS + "model: {num_classes: 3}\n"), [f"dataset.classes={THREE}"])
+    assert same == config
+    weighted = [f"dataset.classes={THREE}", "train.loss.class_weights=[1, 2, 0.5]"]
+    weighted += ["dataset.labels.background=2"]
+    assert load_config(write(PATHS), weighted).train.loss.class_weights == (1, 2, 0.5)
+
+
+def test_keys_of_imagery_that_do_go_together(write):
+    overrides = ["dataset.bands=[3, 2, 1, 4]", "dataset.rgb=[4]", "dataset.nodata=-9999"]
+    for given, kept in (
+        ("dtype", "dtype"),
+        ("[0, 1]", (0, 1)),
+        ("[[0, 1], [0, 1], [0, 1], [-3.5, 9]]", ((0, 1),) * 3 + ((-3.5, 9),)),
+    ):
+        data = load_config(write(PATHS), [*overrides, f"dataset.input_range={given}"]).dataset
+        assert data.input_range == kept
+        assert (data.bands, data.rgb, data.nodata) == ((3, 2, 1, 4), (4,), -9999)
+
+
+@pytest.mark.parametrize("polygons", ["a.gpkg", "b.geojson", "folder"])
+def test_polygons_end_as_a_file_or_a_folder(write, tmp_path, polygons):
+    config = load_config(write(PATHS), [f"inference.polygons={polygons}"])
+    assert config.inference.polygons == tmp_path / polygons
 
 
 # ---- strict YAML ----
@@ -473,6 +625,19 @@ def test_relative_paths_of_overrides_count_from_the_working_directory(write, tmp
     assert config.train.weights_dir == tmp_path / "sub" / "weights"
 
 
+def test_each_path_of_a_list_counts_from_where_the_list_is_written(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    text = "paths: {raw_images_dir: [a, ../b/*.tif, /c, ~/d], label_path: [l], processed_dir: p}\n"
+    path = write(text, "sub/c.yml")
+    config = load_config(path, ["inference.input_tif=[x, 'y/**/*.tif']", "prepare.label_path=[m]"])
+    inside = tmp_path / "sub" / "a", tmp_path / "b" / "*.tif", Path("/c"), Path("/home/someone/d")
+    assert config.prepare.raw_images_dir == inside
+    assert config.paths.label_path == (tmp_path / "sub" / "l",)
+    assert config.prepare.label_path == (tmp_path / "m",)
+    assert config.inference.input_tif == (tmp_path / "x", tmp_path / "y/**/*.tif")
+    assert hash(config) == hash(load_config(write(to_yaml(config), "elsewhere/c.yml")))
+
+
 def test_every_path_is_absolute_once_loaded(write):
     text = PATHS + "logging: {file: l}\ninference: {input_tif: i, output_tif: o, checkpoint: c}\n"
     text += "dataset: {splits: {train_list: t, val_list: v}}\ntrain: {weights_dir: w}\n"
@@ -528,6 +693,13 @@ def test_an_override_can_empty_a_path(write):
 def test_a_faulty_override_is_told_with_its_argument(write, override, fault):
     (line,) = faults(write(PATHS), [override])
     assert line.startswith(f"--set {one_line(override)}: {fault}")
+
+
+def test_a_fault_of_a_replaced_list_is_not_told(write):
+    text = PATHS + "dataset:\n  classes: [{name: a, color: red, x: 1}, {name: b}]\n"
+    assert load_config(write(text), [f"dataset.classes={THREE}"]).model.num_classes == 3
+    (line,) = faults(write(text), ["dataset.classes=[{name: a}, {values: [1]}]"])
+    assert ": dataset.classes: found [{'values': [1]}], expected" in line
 
 
 def test_a_key_below_a_value_of_the_file_is_refused(write):
@@ -596,6 +768,11 @@ def test_a_place_is_told_from_the_working_directory(write, tmp_path, monkeypatch
         ["model.backbone='y'", "paths.label_path=" + "long folder/" * 40],
         ["model.backbone='010'"],
         ["model.backbone='null'"],
+        ["paths.label_path=[a.tif, 'b: c.gpkg', 'no']"],
+        [f"dataset.classes={THREE}", "dataset.labels.attribute='on'"],
+        ["dataset.classes=[{name: 'no', values: ['010', -1, é]}, {name: b, color: '#00fF00'}]"],
+        ["dataset.input_range=[[0, 1e4], [-1, 1], [0.5, 2]]", "dataset.bands=[3, 2, 1]"],
+        ["dataset.labels={nodata: -1, background: ignore}", "dataset.splits.regions=r.gpkg"],
     ],
 )
 def test_the_printed_config_loads_to_an_equal_one(write, tmp_path, overrides):
@@ -654,10 +831,31 @@ def test_example_holds_every_key_with_its_default_and_a_comment():
 
 def test_schema_and_example_agree_on_the_choices():
     text = (ROOT / "config.example.yml").read_text()
-    for section in json_schema()["$defs"].values():
+    sections = json_schema()["$defs"]
+    parts = sections.pop("ClassSpec")["properties"]
+    assert all(f"{key}: " in text.partition("classes: null")[2][:300] for key in parts)
+    for section in sections.values():
         for key, entry in section["properties"].items():
-            line = next(line for line in text.splitlines() if line.strip().startswith(f"{key}:"))
-            assert all(choice in line for choice in entry.get("enum", ())), key
+            words = [words for _, words in commented(text) if words.startswith(f"{key}:")]
+            assert any(all(word in each for word in choices(entry)) for each in words), key
+
+
+def commented(text: str) -> list[tuple[int, str]]:
+    """Each key's line number and text, with the comment lines that go on below it."""
+    found: list[tuple[int, str]] = []
+    for number, line in enumerate(text.splitlines()):
+        if line.strip().startswith("#") and found and line.startswith("   "):
+            found[-1] = (found[-1][0], f"{found[-1][1]} {line.strip()}")
+        elif line.strip():
+            found.append((number, line.strip()))
+    return found
+
+
+def choices(entry: dict) -> set[str]:
+    """The words that a key's schema allows."""
+    inner = [choices(each) for each in entry.get("anyOf", ())]
+    own = {*entry.get("enum", ()), *([entry["const"]] if "const" in entry else [])}
+    return own.union(*inner)
 
 
 def test_import_needs_no_torch():

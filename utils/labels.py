@@ -1,15 +1,19 @@
 """Labels on disk, read on a scene's own pixel grid.
 
-The label raster may lie in any CRS, at any resolution, offset or rotation, and cover the scene in
-part: GDAL's warper reads it nearest-neighbour on the scene's grid, window by window.
+Label rasters may lie in any CRS, at any resolution, offset or rotation, and cover a scene in part:
+GDAL's warper reads them nearest-neighbour on the scene's grid, window by window. Polygons are burnt
+on the same windows. Where several files cover a pixel, the first one listed counts.
 """
 
 import contextlib
-from collections.abc import Iterator
-from itertools import product
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
+import torch.nn.functional as F
 from rasterio.crs import CRS
 from rasterio.enums import MaskFlags, Resampling
 from rasterio.errors import RasterioError
@@ -17,85 +21,258 @@ from rasterio.io import DatasetReader
 from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
 from shapely.geometry import Polygon, box
+from torch import from_numpy
 
+from utils.burning import burn
+from utils.label_values import (
+    HOLE,
+    UNCOVERED,
+    UNLISTED,
+    LabelRules,
+    class_of_shape,
+    hole_in,
+    value_table,
+    whole_numbers,
+)
 from utils.raster import (
     BLOCK,
+    NO_PLACE,
     Grid,
     RasterError,
     Scene,
     check_structure,
     clip,
+    file_identity,
     grid_of,
+    is_raster,
     open_raster,
+    overlap,
     pad,
+    stat_of,
     warp_outline,
 )
-from utils.tiling import Tile
+from utils.scenes import files_of
+from utils.tiling import Tile, repeated
+from utils.vectors import Shapes, is_vector, outline_in, read_shapes, value_key
 
 # pixels; GDAL's default of 0.125 makes a label depend on the window it is read by
 WARP_TOLERANCE = 1e-6
+LARGEST_ID = 65536  # above every class id
 
 
-class Labels:
-    """A label raster on a scene's grid: the same tile gives the same pixels.
+def find_labels(sources: Path | Sequence[Path]) -> list[Path]:
+    """The label files that files, folders and patterns name, in the order they are listed."""
+    found: list[Path] = []
+    for source in [sources] if isinstance(sources, Path) else sources:
+        paths = [path for _, path in files_of(source, "paths.label_path")]
+        usable = [path for path in paths if path == source or is_vector(path) or is_raster(path)]
+        for path in set(paths) - set(usable):
+            check_structure(path)  # a damaged TIFF is labels that are missing: not to be skipped
+        if not usable:
+            raise RasterError(f"{source}: holds no label file (paths.label_path)")
+        found += [path for path in usable if path not in found]
+    return found
 
-    Read nearest-neighbour and exact at every window; what the label raster does not cover is
-    `ignore_index`.
-    """
+
+def labels_identity(paths: Sequence[Path]) -> dict[str, dict[str, int]]:
+    """What tells that the label files are still the ones that were read, in their order."""
+    identity = {}
+    for number, path in enumerate(paths):
+        parts = sorted(path.parent.glob(f"{path.stem}.*")) if path.suffix == ".shp" else [path]
+        found = stat_of(parts) if is_vector(path) else file_identity(path)
+        identity[f"{number} {path.name}"] = found
+    return identity
+
+
+class Source(Protocol):
+    """One label file on a scene's grid."""
+
+    path: Path
+
+    def read(self, tile: Tile) -> np.ndarray:
+        """Class ids (rows, cols) int32 of the part of a tile inside the scene, or UNCOVERED."""
+
+
+class RasterSource:
+    """A label raster, warped onto the scene's grid."""
 
     def __init__(
         self,
         path: Path,
-        scene: Scene,
-        source: DatasetReader,
-        ignore_index: int,
+        grid: Grid,
+        dataset: Any,
+        dtype: str,
+        rules: LabelRules,
         masked: bool = False,
     ) -> None:
-        self.path = path
-        self.grid = scene.grid
-        self.ignore_index = ignore_index
-        self._source = source
-        self._masked = masked  # whether the source's own mask is still to be applied
+        self.path, self.grid, self.rules = path, grid, rules
+        self._dataset = dataset
+        self._masked = masked  # whether the file's own mask is still to be applied
+        self._hole = hole_in(dtype)
+        self._table = value_table(dtype, rules)
 
-    def read(self, tile: Tile) -> np.ndarray:
-        """Class ids of a tile, (height, width) int32; ignore_index past the scene's border."""
+    def values(self, tile: Tile) -> np.ndarray:
+        """Values as stored, int64; HOLE where the file says nothing."""
         window = clip(tile, self.grid)
         try:
-            values = self._source.read(1, window=window)
-            valid = self._source.read_masks(1, window=window) > 0 if self._masked else True
+            values = self._dataset.read(1, window=window)
+            valid = self._dataset.read_masks(1, window=window) > 0 if self._masked else True
         except RasterioError as error:
             cause = error.__cause__ or error
             raise RasterError(f"{self.path}: cannot read tile {tile.name} ({cause})") from error
-        ids = as_ids(values, self.ignore_index, self.path)
-        ids = np.where(valid, ids, self.ignore_index)
+        valid = valid & (values != self._hole) & (values == values)
+        if not isinstance(self.rules.nodata, str):
+            valid &= values != self.rules.nodata
+        return whole_numbers(values, valid, self.path)
+
+    def met(self, tiles: Sequence[Tile]) -> Counter[int]:
+        """How many pixels of a scene have each value, from all of its tiles."""
+        counts: Counter[int] = Counter()
+        for tile in tiles:
+            rows, cols = repeated(tile)
+            found = np.unique(self.values(tile)[rows:, cols:], return_counts=True)
+            counts.update(dict(zip(*(part.tolist() for part in found), strict=True)))
+        del counts[HOLE]
+        return counts
+
+    def read(self, tile: Tile) -> np.ndarray:
+        values = self.values(tile)
+        if self._table is not None:
+            return self._table[np.where(values == HOLE, UNCOVERED, values)]
+        found, places = np.unique(values, return_inverse=True)
+        ids = [UNCOVERED if value == HOLE else self.rules.id_of(int(value)) for value in found]
+        return np.array(ids, np.int32)[places].reshape(values.shape)
+
+
+class VectorSource:
+    """Polygons in the scene's CRS, burnt on demand."""
+
+    def __init__(self, path: Path, grid: Grid, shapes: Shapes, rules: LabelRules) -> None:
+        self.path, self.grid, self.rules, self.shapes = path, grid, rules, shapes
+        self._ids = [class_of_shape(value, rules) for value in shapes.values]
+
+    def met(self) -> Counter[str]:
+        """How many polygons on the scene have each value."""
+        here = self.shapes.tree.query(self.grid.footprint(), predicate="intersects")
+        return Counter(value_key(self.shapes.values[number]) for number in here)
+
+    def read(self, tile: Tile) -> np.ndarray:
+        window = clip(tile, self.grid)
+        inside = Tile(tile.row, tile.col, window.height, window.width)
+        return burn(self.shapes, self._ids, self.grid, inside, UNCOVERED, self.rules.all_touched)
+
+
+class Labels:
+    """All label files that meet a scene: the same tile gives the same pixels.
+
+    What no file covers is `ignore_index`, or the background where polygons are among the files.
+    """
+
+    def __init__(self, scene: Scene, sources: Sequence[Source], rules: LabelRules) -> None:
+        self.grid = scene.grid
+        self.sources = list(sources)
+        self.rules = rules
+        self.ignore_index = rules.ignore_index
+        burnt = any(isinstance(source, VectorSource) for source in sources)
+        self._rest = rules.background if burnt else None
+
+    def read(self, tile: Tile) -> np.ndarray:
+        """Class ids of a tile, (height, width) int32; ignore_index past the scene's border."""
+        margin = self.rules.erode_borders
+        row, col = max(0, tile.row - margin), max(0, tile.col - margin)
+        below, right = tile.row + tile.height + margin, tile.col + tile.width + margin
+        ids = self._merged(Tile(row, col, below - row, right - col))
+        if margin:
+            ids = without_borders(ids, margin, self.ignore_index)
+        ids = ids[tile.row - row :, tile.col - col :][: tile.height, : tile.width]
         return pad(ids, tile, "constant", constant_values=self.ignore_index)
 
+    def _merged(self, tile: Tile) -> np.ndarray:
+        window = clip(tile, self.grid)
+        ids = np.full((window.height, window.width), UNCOVERED, np.int32)
+        for source in self.sources:
+            open_pixels = ids == UNCOVERED
+            if open_pixels.any():
+                ids = np.where(open_pixels, source.read(tile), ids)
+        if (ids == UNLISTED).any():
+            raise RasterError(f"{self.sources[0].path}: values that are no class in {tile.name}")
+        rest = self.ignore_index if self._rest is None else self._rest
+        ids[ids == UNCOVERED] = rest
+        return ids
 
-def as_ids(values: np.ndarray, ignore_index: int, path: Path) -> np.ndarray:
-    """Label values as int32; NaN is ignore, any other broken number an error.
 
-    >>> as_ids(np.array([[1.0, np.nan]]), 255, Path("label.tif")).tolist()
-    [[1, 255]]
+def without_borders(ids: np.ndarray, pixels: int, ignore_index: int) -> np.ndarray:
+    """Class ids with `ignore_index` within some pixels of where two classes meet.
+
+    >>> without_borders(np.array([[0, 0, 0, 1, 1, 1]]), 1, 255).tolist()
+    [[0, 0, 255, 255, 1, 1]]
     """
-    if values.dtype.kind == "f":
-        values = np.where(np.isnan(values), ignore_index, values)
-        if not np.array_equal(values, np.rint(values)):
-            broken = values[values != np.rint(values)][0]
-            raise RasterError(f"{path}: holds {broken:g}, labels are whole class numbers")
-    return np.clip(values, -(2**31), 2**31 - 1).astype(np.int32)
+    known = ids != ignore_index
+    size = 2 * pixels + 1
+
+    def highest(values: np.ndarray) -> np.ndarray:
+        grown = from_numpy(values)[None].float()
+        for kernel, padding in (((size, 1), (pixels, 0)), ((1, size), (0, pixels))):
+            grown = F.max_pool2d(grown, kernel, stride=1, padding=padding)
+        return grown[0].numpy()
+
+    top = highest(np.where(known, ids, -1))
+    bottom = -highest(np.where(known, -ids, -LARGEST_ID))
+    return np.where(known & (top != bottom), ignore_index, ids).astype(np.int32)
 
 
 @contextlib.contextmanager
-def open_labels(path: Path, scene: Scene, num_classes: int, ignore_index: int) -> Iterator[Labels]:
-    """Open a label raster on a scene's grid, whatever its own CRS, resolution or extent."""
-    with _open_label_source(path) as dataset:
-        own = grid_of(dataset)
+def open_labels(paths: Sequence[Path], scene: Scene, rules: LabelRules) -> Iterator[Labels]:
+    """Open every label file that meets the scene, on the scene's grid; none at all is an error."""
+    with contextlib.ExitStack() as stack:
+        sources, elsewhere = [], []
+        for path in paths:
+            opener = vector_source if is_vector(path) else raster_source
+            source, extent = stack.enter_context(opener(path, scene, rules))
+            if source is None:
+                elsewhere.append(f"{path} covers {extent}")
+            else:
+                sources.append(source)
+        if not sources:
+            raise RasterError(
+                f"{scene.path}: no overlap with the labels: the scene covers "
+                f"{extent_of(scene.grid)}; {'; '.join(elsewhere)}"
+            )
+        yield Labels(scene, sources, rules)
+
+
+@contextlib.contextmanager
+def vector_source(
+    path: Path, scene: Scene, rules: LabelRules
+) -> Iterator[tuple[VectorSource | None, str]]:
+    """Polygons on a scene's grid, or None and their extent where they lie elsewhere."""
+    if not scene.grid.georeferenced:
+        raise RasterError(f"{scene.path}: has no CRS or transform, which labels in {path} need")
+    shapes = read_shapes(path, rules.attribute, rules.layer)
+    here = shapes.to(scene.grid.crs, scene.grid)
+    if len(here) and here.tree.query(scene.grid.footprint()).size:
+        yield VectorSource(path, scene.grid, here, rules), ""
+    else:
+        yield None, extent_of_outline(outline_in(shapes), shapes.crs)
+
+
+@contextlib.contextmanager
+def raster_source(
+    path: Path, scene: Scene, rules: LabelRules
+) -> Iterator[tuple[RasterSource | None, str]]:
+    """A label raster on a scene's grid, or None and its extent where it lies elsewhere."""
+    with _open_label_raster(path) as dataset:
+        own, dtype = grid_of(dataset), dataset.dtypes[0]
         _check_places(path, own, scene)
+        kept = keeps_nodata(dataset, rules)
         if not own.georeferenced:
-            masked = not _mask_hides_a_class(dataset, num_classes)
-            yield Labels(path, scene, dataset, ignore_index, masked)
+            hides = kept and MaskFlags.nodata in dataset.mask_flag_enums[0]
+            yield RasterSource(path, scene.grid, dataset, dtype, rules, masked=not hides), ""
             return
-        options = {"src_nodata": None} if nodata_is_a_class(dataset, num_classes) else {}
+        if not overlap(own, scene.grid):
+            yield None, extent_of(own)
+            return
+        options = {"src_nodata": None} if kept else {}
         with WarpedVRT(
             dataset,
             crs=scene.grid.crs,
@@ -103,15 +280,15 @@ def open_labels(path: Path, scene: Scene, num_classes: int, ignore_index: int) -
             height=scene.grid.height,
             width=scene.grid.width,
             resampling=Resampling.nearest,
-            nodata=ignore_index,
+            nodata=hole_in(dtype),
             tolerance=WARP_TOLERANCE,
             **options,
         ) as twin:
-            yield Labels(path, scene, twin, ignore_index)
+            yield RasterSource(path, scene.grid, twin, dtype, rules), ""
 
 
 @contextlib.contextmanager
-def _open_label_source(path: Path) -> Iterator[DatasetReader]:
+def _open_label_raster(path: Path) -> Iterator[DatasetReader]:
     if not path.exists():
         raise RasterError(f"{path}: no such file (paths.label_path)")
     check_structure(path)
@@ -121,14 +298,25 @@ def _open_label_source(path: Path) -> Iterator[DatasetReader]:
         yield dataset
 
 
-def nodata_is_a_class(dataset: DatasetReader, num_classes: int) -> bool:
-    """Whether the value a label raster declares as nodata is one of the class numbers."""
-    return dataset.nodata is not None and dataset.nodata in range(num_classes)
+def keeps_nodata(dataset: DatasetReader, rules: LabelRules) -> bool:
+    """Whether pixels with the value that a raster declares as nodata are labels all the same.
+
+    With `auto` they are when that value is one of the classes.
+    """
+    declared = dataset.nodata
+    if rules.nodata == "auto":
+        return declared is not None and value_key(declared) in rules.ids
+    return rules.nodata != declared
 
 
-def _mask_hides_a_class(dataset: DatasetReader, num_classes: int) -> bool:
-    by_nodata = MaskFlags.nodata in dataset.mask_flag_enums[0]
-    return by_nodata and nodata_is_a_class(dataset, num_classes)
+def nodata_class(path: Path, rules: LabelRules) -> int | None:
+    """The class that a label raster also declares as nodata and that stays a class, if any."""
+    if is_vector(path):
+        return None
+    with _open_label_raster(path) as dataset:
+        if dataset.nodata is None or not keeps_nodata(dataset, rules):
+            return None
+        return rules.ids.get(value_key(dataset.nodata))
 
 
 def _check_places(path: Path, own: Grid, scene: Scene) -> None:
@@ -147,69 +335,77 @@ def _check_places(path: Path, own: Grid, scene: Scene) -> None:
         )
 
 
-def covered_share(path: Path, scene: Scene) -> float:
-    """The share of the scene that the label raster's outline covers; nothing is an error."""
-    with _open_label_source(path) as dataset:
-        own = grid_of(dataset)
-        _check_places(path, own, scene)
-        if not own.georeferenced:
-            return 1.0
-        footprint = warp_outline(scene.grid.footprint(), scene.grid.crs, own.crs)
-        share = footprint.intersection(own.footprint()).area / footprint.area
-    if share <= 0:
-        raise RasterError(
-            f"{path}: no overlap with {scene.path}: the labels cover {_extent(own)}, "
-            f"the scene {_extent(scene.grid)}"
-        )
-    return min(1.0, share)
+def extent_of(grid: Grid) -> str:
+    """A grid's bounds in degrees, so that two CRSs can be compared at a glance."""
+    return extent_of_outline(grid.footprint(), grid.crs)
 
 
-def _extent(grid: Grid) -> str:
-    """Bounds in degrees, so that two CRSs can be compared at a glance."""
-    west, south, east, north = warp_outline(grid.footprint(), grid.crs, CRS.from_epsg(4326)).bounds
-    return f"{west:.5f}..{east:.5f} E, {south:.5f}..{north:.5f} N"
+def extent_of_outline(outline: Polygon, crs: CRS) -> str:
+    """A polygon's bounds in degrees; in its own units where it reaches past the Earth's rim."""
+    with contextlib.suppress(*NO_PLACE):
+        west, south, east, north = warp_outline(outline, crs, CRS.from_epsg(4326)).bounds
+        return f"{west:.5f}..{east:.5f} E, {south:.5f}..{north:.5f} N"
+    left, bottom, right, top = outline.bounds
+    return f"{left:.7g}..{right:.7g}, {bottom:.7g}..{top:.7g} in its own CRS"
 
 
-def label_histogram(labels: Labels) -> dict[int, int]:
-    """How many pixels of the scene have which label value."""
-    counts: dict[int, int] = {}
-    height, width = labels.grid.height, labels.grid.width
-    for row, col in product(range(0, height, BLOCK), range(0, width, BLOCK)):
-        window = clip(Tile(row, col, BLOCK, BLOCK), labels.grid)
-        tile = Tile(row, col, window.height, window.width)
-        for value, count in zip(*np.unique(labels.read(tile), return_counts=True), strict=True):
-            counts[int(value)] = counts.get(int(value), 0) + int(count)
-    return counts
+def check_values(labels: Labels, scene: Scene, tiles: Sequence[Tile]) -> None:
+    """Refuse values on the scene that are no class, with a histogram of what was met."""
+    for source in labels.sources:
+        if isinstance(source, VectorSource):
+            met, unit = source.met(), "polygons"
+            unlisted = [v for v in met if class_of_shape(v, labels.rules) == UNLISTED]
+        else:
+            unit, unlisted = "pixels", nearby_unlisted(source, scene)
+            met = source.met(tiles) if unlisted else Counter()
+            unlisted = [v for v in met if labels.rules.id_of(v) == UNLISTED]
+        if unlisted:
+            raise RasterError(_unlisted(source.path, scene, unlisted, met, unit))
 
 
-def label_nodata_class(path: Path, num_classes: int) -> int | None:
-    """The class number that the label raster also declares as nodata, if there is one."""
-    with _open_label_source(path) as dataset:
-        return int(dataset.nodata) if nodata_is_a_class(dataset, num_classes) else None
+def _unlisted(path: Path, scene: Scene, unlisted: list, met: Counter, unit: str) -> str:
+    pairs = sorted(met.items(), key=lambda pair: (-pair[1], str(pair[0])))[:20]
+    histogram = ", ".join(f"{json.dumps(v, ensure_ascii=False)}: {count}" for v, count in pairs)
+    first = json.dumps(max(unlisted, key=met.__getitem__), ensure_ascii=False)
+    return (
+        f"{path}: {len(unlisted)} value(s) on scene {scene.name} are no class, first {first}; "
+        f"{unit} per value: {{{histogram}}}; add - {{name: NAME, values: [{first}]}} to "
+        "dataset.classes, correct model.num_classes, or set dataset.labels.unlisted: ignore"
+    )
 
 
-def source_values(path: Path, scene: Scene) -> set[int]:
-    """Label values in the part of the label raster around the scene, read on its own grid.
+def nearby_unlisted(source: RasterSource, scene: Scene) -> set[int]:
+    """Values that are no class in the part of a label raster around the scene, on its own grid.
 
     Cheap next to warping, and a superset of what the scene's grid can show.
     """
-    with _open_label_source(path) as dataset:
-        own = grid_of(dataset)
-        whole = box(0, 0, own.width, own.height)
-        if own.georeferenced:
-            outline = warp_outline(scene.grid.footprint(), scene.grid.crs, own.crs)
-            inverse = ~own.transform
-            outline = Polygon([inverse @ point for point in outline.exterior.coords])
-            whole = outline.buffer(2).intersection(whole)
-        if whole.is_empty:
-            return set()
-        left, top, right, bottom = (int(bound) for bound in whole.bounds)
+    with _open_label_raster(source.path) as dataset:
+        left, top, right, bottom = _window_around(grid_of(dataset), scene.grid)
         values: set[int] = set()
-        for row in range(top, bottom + 1, BLOCK):
-            rows = min(BLOCK, min(bottom + 1, own.height) - row)
-            window = Window(left, row, min(right + 1, own.width) - left, rows)
-            if rows > 0 and window.width > 0:
-                block = as_ids(dataset.read(1, window=window), -1, path)
-                values.update(int(value) for value in np.unique(block))
+        for row in range(top, bottom, BLOCK):
+            window = Window(left, row, right - left, min(BLOCK, bottom - row))
+            block = dataset.read(1, window=window)
+            found = whole_numbers(block, block == block, source.path)
+            values.update(np.unique(found).tolist())
         nodata = dataset.nodata
-    return values - ({int(nodata)} if nodata is not None and np.isfinite(nodata) else set())
+    values -= {HOLE, source.rules.nodata}
+    if nodata is not None and np.isfinite(nodata) and not keeps_nodata(dataset, source.rules):
+        values.discard(int(nodata))
+    return {value for value in values if source.rules.id_of(value) == UNLISTED}
+
+
+def _window_around(own: Grid, target: Grid) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom pixel of a raster around another grid's footprint."""
+    whole = box(0, 0, own.width, own.height)
+    outline = None
+    if own.georeferenced:
+        with contextlib.suppress(*NO_PLACE):
+            outline = warp_outline(target.footprint(), target.crs, own.crs)
+    if isinstance(outline, Polygon):  # in parts where it crosses 180 degrees: then all is looked at
+        inverse = ~own.transform
+        outline = Polygon([inverse @ point for point in outline.exterior.coords])
+        whole = outline.buffer(2).intersection(whole)
+    if whole.is_empty:
+        return 0, 0, 0, 0
+    left, top, right, bottom = (int(bound) for bound in whole.bounds)
+    return left, top, min(right + 1, own.width), min(bottom + 1, own.height)

@@ -198,6 +198,7 @@ class Draft:
         if not equals or not all(keys):
             self.faults.append((origin, "expected section.key=value"))
             return
+        self.values = {at: place for at, place in self.values.items() if at[: len(keys)] != keys}
         value, section = self.read(text, origin, keys), self.data
         for depth, key in enumerate(keys[:-1], start=1):
             self.keys.setdefault(keys[:depth], origin)
