@@ -13,11 +13,8 @@ memory, permission), 5 training diverged, 75 stopped by a signal (run again), 1 
 """
 
 import argparse
-import contextlib
-import os
-import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from config import Config, ConfigError, find_config, load_config, to_yaml
@@ -78,6 +75,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def guarded(config: Config) -> int:
     """Run the phases; what goes wrong becomes one line and the exit code of its kind."""
     from utils.logging import VerbosityLogger, complain, launched_rank
+    from utils.process import exit_code_of, one_line, set_environment, stoppable
 
     rank, section = launched_rank(), config.logging
     set_environment(config)
@@ -104,74 +102,6 @@ def guarded(config: Config) -> int:
     return 0
 
 
-def set_environment(config: Config) -> None:
-    """Thread counts and cache sizes, before the libraries that read them are imported."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    os.environ["OMP_NUM_THREADS"] = str(min(config.resources.omp_threads, share))
-    os.environ.setdefault("GDAL_CACHEMAX", "256")  # MB; GDAL's default is 5 % of the memory
-
-
-@contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-    """SIGTERM is like Ctrl-C inside. Afterwards a rank is deaf to torchrun, which stops all ranks
-    when one ends: it is ending by itself, with its own exit code.
-
-    >>> before = signal.getsignal(signal.SIGTERM)
-    >>> with stoppable(): signal.getsignal(signal.SIGTERM).__name__
-    'stop'
-    >>> signal.getsignal(signal.SIGTERM) == before
-    True
-    """
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN if "RANK" in os.environ else before)
-
-
-def exit_code_of(error: Exception) -> int | None:
-    """The exit code of an error's kind; None for a bug of ours.
-
-    >>> exit_code_of(ConfigError(["a"])), exit_code_of(PermissionError()), exit_code_of(KeyError())
-    (2, 4, None)
-    """
-    if isinstance(error, OSError) or out_of_memory(error):
-        return 4
-    return getattr(error, "exit_code", None)
-
-
-def out_of_memory(error: Exception) -> str:
-    """What to say where memory ran out, here or in a worker that the system killed; else nothing.
-
-    >>> out_of_memory(MemoryError()), out_of_memory(KeyError("memory"))
-    ('out of memory; lower the batch_size or the workers of this phase', '')
-    """
-    kind, text = type(error).__name__, str(error)
-    remedy = "lower the batch_size or the workers of this phase"
-    if kind in ("MemoryError", "OutOfMemoryError") or "DefaultCPUAllocator" in text:
-        return f"out of memory; {remedy}"
-    if kind == "BrokenProcessPool" or text.startswith("DataLoader worker (pid"):
-        return f"a worker process was killed, mostly for want of memory; {remedy}"
-    return ""
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, without the traceback that a loader process wraps it in.
-
-    >>> one_line(PermissionError(13, "Permission denied", "tiles"))
-    "[Errno 13] Permission denied: 'tiles'"
-    """
-    text = out_of_memory(error) or str(error).strip()
-    if "Original Traceback" in text:
-        text = text.splitlines()[-1].partition("Error: ")[2]
-    return text
-
-
 def run_phases(config: Config, log: "VerbosityLogger") -> None:
     """Prepare, verify and train among the ranks; then the first one infers."""
     import torch
@@ -195,17 +125,20 @@ def prepare(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
     """Cache the frozen features of every labelled tile."""
     from models.backbone import build_backbone, describe_backbone
     from utils.distributed import device_reason
-    from utils.prepare import describe_cache, encode_on, prepare
+    from utils.prepare import describe_cache, encode_on, find_sources, prepare
 
     device = run.device(config.prepare.device)
     log.info(f"prepare: {device_reason(config.prepare.device, device)}")
-    spec = describe_backbone(config.model)
+    sources = find_sources(config)
+    spec = describe_backbone(config.model, sources.reading.bands, config.dataset.rgb)
     for remark in spec.remarks:
         log.warning(remark)
     backbone = build_backbone(config.model, spec)
     log.info(f"prepare: {spec.name}, blocks {list(spec.layers)}, mean {list(spec.image_mean)}")
-    manifest = describe_cache(config, backbone, device)
-    prepare(config.prepare, manifest, encode_on(device, backbone), run, log)
+    log.info(f"prepare: {sources.reading.line()}")
+    manifest = describe_cache(config, sources, backbone, device)
+    encode, seed = encode_on(device, backbone), config.resources.seed
+    prepare(config.prepare, sources, manifest, encode, seed, run, log)
 
 
 def verify(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
@@ -226,13 +159,15 @@ def train(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
     from utils.engine import best_path, fit, keep_best
 
     section, name, seed = config.train, config.model.head, config.resources.seed
-    manifest, split = load_split(section, config.dataset.splits, seed, log)
+    manifest, split = load_split(section, config.dataset.splits, seed, run, log)
     require_cache(config, manifest)
     device = run.device(section.device)
     log.info(f"train: {device_reason(section.device, device)}")
-    loaders = make_loaders(split, section, config.dataset.augmentations, seed, run)
+    loaders = make_loaders(split, manifest, section, config.dataset.augmentations, seed, run)
     torch.manual_seed(seed)  # here, so that a head starts alike whether prepare ran before or not
-    head = build_head(name, manifest.channels, len(manifest.layers), manifest.num_classes)
+    head = build_head(
+        name, manifest.channels, len(manifest.layers), manifest.num_classes, len(manifest.bands)
+    )
     log.info(f"train: {name}, {sum(p.numel() for p in head.parameters()) / 1e6:.2f} M parameters")
     normalize = Normalize(manifest.image_mean, manifest.image_std)
     save = keep_best(best_path(section.weights_dir, name), name, manifest, to_yaml(config))
@@ -250,6 +185,8 @@ def require_cache(config: Config, manifest: "Manifest") -> None:
         "ignore_index": config.dataset.ignore_index,
         "layers": None if model.layers is None else list(model.layers),
         "channels": model.dino_channels,
+        "bands": None if config.dataset.bands is None else list(config.dataset.bands),
+        "gsd": config.dataset.gsd,
     }
     wanted = {key: value for key, value in stated.items() if value is not None}
     found = {key: getattr(manifest, key) for key in wanted}
@@ -257,29 +194,31 @@ def require_cache(config: Config, manifest: "Manifest") -> None:
 
 
 def inference(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
-    """Map a scene with the best head, or the one that inference.checkpoint names."""
+    """Map scenes with the best head, or the one that inference.checkpoint names."""
     from models import build_head
     from models.backbone import build_backbone, describe_backbone
     from models.segmenter import Segmenter
     from utils.checkpoint import load_checkpoint, load_weights, require_fit
     from utils.distributed import device_reason
     from utils.engine import best_path
-    from utils.inference import predict_scene
+    from utils.inference import predict_scenes, trained_as
+    from utils.scenes import find_scenes
 
     section = config.inference
+    scenes, _ = find_scenes(section.input_tif, "inference.input_tif")
     device = run.device(section.device)
     log.info(f"inference: {device_reason(section.device, device)}")
     path = section.checkpoint or best_path(config.train.weights_dir, config.model.head)
     checkpoint = load_checkpoint(path)
-    backbone = build_backbone(config.model, describe_backbone(config.model))
-    require_fit(path, checkpoint, config.model, backbone, device, log)
+    bands, rgb = checkpoint.bands, config.dataset.rgb or checkpoint.rgb_bands
+    backbone = build_backbone(config.model, describe_backbone(config.model, bands, rgb))
+    require_fit(path, checkpoint, config, backbone, device, log)
     head = build_head(
-        checkpoint.head, checkpoint.channels, checkpoint.levels, checkpoint.num_classes
+        checkpoint.head, checkpoint.channels, checkpoint.levels, checkpoint.num_classes, len(bands)
     )
     load_weights(head, checkpoint, path)
     segmenter = Segmenter(backbone, head).eval().to(device)
-    output = predict_scene(section, segmenter, checkpoint.num_classes, device, log)
-    log.info(f"inference: map in {output}")
+    predict_scenes(section, scenes, segmenter, trained_as(checkpoint, path, section), device, log)
 
 
 if __name__ == "__main__":

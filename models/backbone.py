@@ -33,7 +33,8 @@ class BackboneError(Exception):
 class BackboneSpec:
     """What a backbone's features depend on, known before its weights are loaded.
 
-    mean and std belong to pixels in [0, 1]; remarks are for the log.
+    image_mean and image_std have a number for each band and belong to pixels in [0, 1]; rgb are the
+    places among the bands of the three that the backbone sees; remarks are for the log.
     """
 
     name: str
@@ -42,6 +43,7 @@ class BackboneSpec:
     patch_size: int
     image_mean: tuple[float, ...]
     image_std: tuple[float, ...]
+    rgb: tuple[int, ...] = (0, 1, 2)
     remarks: tuple[str, ...] = ()
     norm: str = "final"
 
@@ -96,20 +98,21 @@ class DinoBackbone(nn.Module):
         return super().train(False)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        """Feature maps of (B, 3, H, W) pixels in 0..255, H and W multiples of the patch size."""
+        """Feature maps of (B, bands, H, W) pixels in 0..255, sides multiples of the patch size."""
         return self.encode(self.normalize(pixels))
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> list[Tensor]:
-        """Feature maps of a normalised image."""
+        """Feature maps of a normalised image (B, bands, H, W)."""
         patch = self.spec.patch_size
         rows, cols = image.shape[-2] // patch, image.shape[-1] // patch
         if (rows * patch, cols * patch) != tuple(image.shape[-2:]):
             raise ValueError(
                 f"tile of {tuple(image.shape[-2:])} pixels, must be multiples of {patch}"
             )
-        tokens = self.embeddings(image)
-        positions = self.rope(image)
+        seen = image[:, list(self.spec.rgb)]
+        tokens = self.embeddings(seen)
+        positions = self.rope(seen)
         maps = []
         for number, block in enumerate(self.blocks):
             tokens = block(tokens, position_embeddings=positions)
@@ -128,8 +131,13 @@ def even_layers(blocks: int) -> tuple[int, ...]:
     return tuple(sorted({-(-quarter * blocks // 4) - 1 for quarter in range(1, 5)}))
 
 
-def describe_backbone(section: Model) -> BackboneSpec:
-    """Read a backbone's own config.json and check the configuration against it."""
+def describe_backbone(
+    section: Model, bands: Sequence[int] = (1, 2, 3), rgb: Sequence[int] | None = None
+) -> BackboneSpec:
+    """Read a backbone's own config.json and check the configuration against it.
+
+    bands: the numbers of those that are read; rgb: the three, or one repeated, that it sees.
+    """
     from transformers import AutoConfig
 
     own = _from_hub(section.backbone, AutoConfig)
@@ -155,9 +163,37 @@ def describe_backbone(section: Model) -> BackboneSpec:
             ]
         )
     mean, std, remarks = image_statistics(section)
+    places = rgb_places(bands, rgb)
     return BackboneSpec(
-        section.backbone, layers, own.hidden_size, own.patch_size, mean, std, remarks
-    )
+        section.backbone, layers, own.hidden_size, own.patch_size,
+        for_bands(mean, places, len(bands)), for_bands(std, places, len(bands)), places, remarks,
+    )  # fmt: skip
+
+
+def rgb_places(bands: Sequence[int], rgb: Sequence[int] | None) -> tuple[int, ...]:
+    """Where among the bands the backbone's three channels are; a single band is repeated.
+
+    >>> rgb_places((4, 3, 2, 1), None), rgb_places((1, 2, 3, 4), (3, 2, 1)), rgb_places((1,), None)
+    ((0, 1, 2), (2, 1, 0), (0, 0, 0))
+    """
+    chosen = list(rgb or bands[:3])
+    if len(chosen) not in (1, 3) or not set(chosen) <= set(bands):
+        raise ConfigError([f"dataset.rgb: found {chosen}, expected one or three of {list(bands)}"])
+    places = tuple(list(bands).index(band) for band in chosen)
+    return places * 3 if len(places) == 1 else places
+
+
+def for_bands(values: Sequence[float], places: Sequence[int], count: int) -> tuple[float, ...]:
+    """A number for each band: the channel's own, or the mean of the three for other bands.
+
+    >>> for_bands((0.4, 0.5, 0.6), places=(2, 1, 0), count=4)
+    (0.6, 0.5, 0.4, 0.5)
+    >>> for_bands((0.4, 0.5, 0.6), places=(0, 0, 0), count=1)
+    (0.5,)
+    """
+    mean = sum(values) / len(values)
+    own = dict(zip(places, values, strict=True)) if len(set(places)) == len(values) else {}
+    return tuple(round(own.get(band, mean), 6) for band in range(count))
 
 
 def build_backbone(
@@ -289,7 +325,9 @@ def write_random_backbone(folder: Path, seed: int, **sizes: Any) -> None:
     (hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, ...).
     """
     from transformers import DINOv3ViTConfig, DINOv3ViTModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = DINOv3ViTModel(DINOv3ViTConfig(**{"num_register_tokens": 4, **sizes}))

@@ -150,12 +150,21 @@ def manifest_of(channels: int = 32, levels: int = 2, **changes: Any) -> Manifest
         "patch_size": 16,
         "image_mean": [0.5] * 3,
         "image_std": [0.25] * 3,
+        "bands": [1, 2, 3],
+        "rgb": [0, 1, 2],
+        "ranges": [[0.0, 255.0]] * 3,
+        "nodata": None,
+        "gsd": None,
         "precision": "fp32",
         "tile_size": TILE,
         "feature_dtype": "float16",
         "num_classes": CLASSES,
         "ignore_index": IGNORE,
+        "label_rules": {},
+        "filters": {},
         "labels": {},
+        "class_names": [f"class {number}" for number in range(CLASSES)],
+        "class_colors": COLORS.tolist(),
     }
     return Manifest(**settings | changes)
 

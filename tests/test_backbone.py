@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from config import ConfigError, Model
+from config import Config, ConfigError, Model
 from models import backbone as module
 from models.backbone import (
     IMAGENET,
@@ -27,7 +27,9 @@ from models.backbone import (
     describe_backbone,
     even_layers,
     explain,
+    for_bands,
     image_statistics,
+    rgb_places,
     state_hash,
     write_random_backbone,
 )
@@ -180,6 +182,83 @@ def test_a_tile_that_no_patches_fill_is_an_error(exact, size):
 def test_features_leave_in_half_precision_unless_asked_otherwise(backbone, exact, pixels):
     assert {level.dtype for level in backbone(pixels)} == {torch.float16}
     assert torch.equal(backbone(pixels)[0], exact(pixels)[1].half())
+
+
+# Bands
+
+
+def build_for(folder: Path, bands: tuple[int, ...], rgb: tuple[int, ...] | None = None, **keys):
+    section = Model(backbone=str(folder), layers=LAYERS, **keys)
+    return build_backbone(section, describe_backbone(section, bands, rgb), torch.float32)
+
+
+def test_of_four_bands_the_backbone_sees_the_three_of_rgb(backbone_folder, exact, pixels):
+    """The file has blue, green, red and near-infrared; the fourth changes no feature."""
+    ours = build_for(backbone_folder, (1, 2, 3, 4), rgb=(3, 2, 1))
+    assert ours.spec.rgb == (2, 1, 0)
+    blue_first = pixels.flip(1)
+    for infrared in (pixels[:, :1], 255 - pixels[:, :1]):
+        found = ours(torch.cat([blue_first, infrared], 1))
+        for a, b in zip(found, exact(pixels), strict=True):
+            assert torch.allclose(a, b, atol=1e-6, rtol=0)
+
+
+def test_every_band_is_normalised_its_own_way(backbone_folder, pixels):
+    ours = build_for(backbone_folder, (1, 2, 3, 4), rgb=(3, 2, 1))
+    mean, std = IMAGENET
+    assert ours.spec.image_mean == (*mean[::-1], round(sum(mean) / 3, 6))
+    assert ours.spec.image_std == (*std[::-1], round(sum(std) / 3, 6))
+    image = ours.normalize(torch.cat([pixels, pixels[:, :1]], 1))
+    assert image.shape == (2, 4, 48, 80)
+    expected = (pixels[:, 0].float() / 255 - ours.spec.image_mean[3]) / ours.spec.image_std[3]
+    assert torch.allclose(image[:, 3], expected, atol=1e-6)
+
+
+def test_a_single_band_is_seen_three_times(backbone_folder, pixels):
+    mean, std = [0.5] * 3, [0.25] * 3  # alike for all three, so that the image may be stacked
+    alone = build_for(backbone_folder, (4,), image_mean=mean, image_std=std)
+    assert (alone.spec.rgb, alone.spec.image_mean) == ((0, 0, 0), (0.5,))
+    three = build_for(backbone_folder, (1, 2, 3), image_mean=mean, image_std=std)
+    grey = pixels[:, :1]
+    for a, b in zip(alone(grey), three(grey.expand(-1, 3, -1, -1)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("bands", "rgb", "places"),
+    [
+        ((1, 2, 3), None, (0, 1, 2)),
+        ((4, 3, 2, 1), None, (0, 1, 2)),
+        ((1, 2, 3, 4), (4, 3, 2), (3, 2, 1)),
+        ((2, 4, 8), (8, 4, 2), (2, 1, 0)),
+        ((7,), None, (0, 0, 0)),
+        ((1, 2, 3, 4), (4,), (3, 3, 3)),
+        ((1, 2), (2,), (1, 1, 1)),
+    ],
+)
+def test_rgb_are_places_among_the_bands(bands, rgb, places):
+    assert rgb_places(bands, rgb) == places
+    assert for_bands((0.1, 0.2, 0.6), places, len(bands)) == tuple(
+        (0.1, 0.2, 0.6)[places.index(band)] if band in places and len(set(places)) == 3 else 0.3
+        for band in range(len(bands))
+    )
+
+
+@pytest.mark.parametrize(
+    ("bands", "rgb"), [((1, 2), None), ((1, 2, 3, 4), (1, 2)), ((1, 2, 3), (1, 2, 4))]
+)
+def test_bands_that_make_no_rgb_are_refused_in_a_line(backbone_folder, bands, rgb):
+    with pytest.raises(ConfigError, match="dataset.rgb: found .*, expected one or three of") as err:
+        describe_backbone(Model(backbone=str(backbone_folder)), bands, rgb)
+    assert err.value.exit_code == 2
+    assert "\n" not in str(err.value)
+
+
+def test_the_bands_of_a_configuration_are_the_ones_described(backbone_folder):
+    dataset = Config(dataset={"bands": [3, 2, 1, 4], "rgb": [3, 2, 1]}).dataset
+    spec = describe_backbone(Model(backbone=str(backbone_folder)), dataset.bands, dataset.rgb)
+    assert spec.rgb == (0, 1, 2)
+    assert len(spec.image_mean) == len(spec.image_std) == 4
 
 
 # What the config says of a backbone

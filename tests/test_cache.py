@@ -30,8 +30,20 @@ from utils.cache import (
 
 SIZE = 32
 NAME = "north__r000000_c000000"
-MADE = manifest_of(channels=4, tile_size=SIZE, labels={"name": "l.tif", "bytes": 9, "modified": 1})
-IDENTITY = {"bytes": 1, "modified": 2, "height": 64, "width": 64}
+RULES = {"num_classes": 3, "ids": {str(n): n for n in range(90)}, "unlisted": "error"}
+MADE = manifest_of(
+    channels=4,
+    tile_size=SIZE,
+    bands=[1, 2, 3],
+    rgb=[0, 1, 2],
+    label_rules=RULES,
+    filters={"min_valid": 0.0, "min_labeled": 0.0, "background_keep": 1.0},
+    labels={"0 l.tif": {"bytes": 9, "modified": 1}},
+)
+IDENTITY = {
+    "bytes": 1, "modified": 2, "height": 64, "width": 64, "crs": None,
+    "transform": [1.0, 0.0, 0.0, 0.0, 1.0, 0.0],
+}  # fmt: skip
 
 
 def content(seed: int = 0) -> dict:
@@ -57,6 +69,17 @@ def test_a_tile_comes_back_as_it_was_written(tile):
     assert torch.equal(found["label"], written["label"])
     for level, original in zip(found["features"], written["features"], strict=True):
         assert torch.equal(level, original.half())
+
+
+@pytest.mark.parametrize("bands", [[1], [4, 3], [1, 2, 3, 4], list(range(1, 14))])
+def test_a_tile_has_as_many_bands_as_the_manifest_says(tmp_path, bands):
+    made = replace(MADE, bands=bands)
+    image = torch.arange(len(bands), dtype=torch.uint8).view(-1, 1, 1).expand(-1, SIZE, SIZE)
+    write_tile(tmp_path, NAME, **{**content(), "image": image})
+    check_tile(tile_path(tmp_path, NAME), made)
+    assert torch.equal(load_tile(tile_path(tmp_path, NAME))["image"], image)
+    with pytest.raises(TileError, match=r"image is \(\d+, 32, 32\) torch.uint8, expected"):
+        check_tile(tile_path(tmp_path, NAME), replace(MADE, bands=[*bands, 20]))
 
 
 def test_views_of_large_tensors_are_stored_as_small_copies(tmp_path):
@@ -235,7 +258,7 @@ def test_torch_out_of_memory_is_a_memory_error(tile, monkeypatch):
 
 
 def test_a_manifest_comes_back_as_it_was_written(tmp_path):
-    made = replace(MADE, scenes={"north": IDENTITY}, tiles={"north": 4}, complete=True)
+    made = replace(MADE, scenes={"north": IDENTITY}, tiles={NAME: [1000, 0, 24]}, complete=True)
     write_manifest(made, tmp_path)
     assert read_manifest(tmp_path) == made
     assert [path.name for path in tmp_path.iterdir()] == [MANIFEST]
@@ -244,7 +267,7 @@ def test_a_manifest_comes_back_as_it_was_written(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [("{", "not a manifest"), ("[]", "not a manifest"), ("null", "not a manifest"),
-     ('{"format": 1}', "not a manifest"), ('{"format": 99}', "format 99, expected 1")],
+     ('{"format": 1}', "not a manifest"), ('{"format": 99}', "format 99, expected 2")],
 )  # fmt: skip
 def test_a_manifest_that_cannot_be_read_is_refused(tmp_path, text, said):
     (tmp_path / MANIFEST).write_text(text)
@@ -265,7 +288,17 @@ DIFFERENCES = {
     "tile_size": (64, "prepare.tile_size"),
     "num_classes": (4, "model.num_classes"),
     "ignore_index": (254, "dataset.ignore_index"),
-    "labels": ({"name": "l.tif", "bytes": 9, "modified": 2}, "paths.label_path"),
+    "labels": ({"0 l.tif": {"bytes": 9, "modified": 2}}, "paths.label_path"),
+    "bands": ([1, 2, 3, 4], "dataset.bands"),
+    "rgb": ([2, 1, 0], "dataset.rgb"),
+    "ranges": ([[0.0, 255.0], [0.0, 255.0], [9.0, 99.0]], "dataset.input_range"),
+    "nodata": (0.0, "dataset.nodata"),
+    "gsd": (0.25, "dataset.gsd"),
+    "label_rules": (RULES | {"unlisted": "ignore"}, "dataset.classes and dataset.labels"),
+    "filters": (
+        {"min_valid": 0.5, "min_labeled": 0.0, "background_keep": 1.0},
+        "prepare.min_valid, min_labeled, background_keep",
+    ),
     "norm": ("none", "norm"),
 }
 
@@ -281,7 +314,33 @@ def test_a_cache_made_with_other_settings_is_refused_in_one_line(tmp_path, field
     assert f"({key})" in line
     assert "delete the folder" in line
     assert "\n" not in line
+    assert len(line) < len(str(tmp_path)) + 350
     assert read_manifest(tmp_path) == MADE
+
+
+def test_of_many_label_rules_the_one_that_differs_is_named(tmp_path):
+    claim(MADE, tmp_path)
+    ids = RULES["ids"] | {"41": 7}
+    with pytest.raises(CacheError, match="made with label_rules .*'unlisted': 'error'") as caught:
+        claim(replace(MADE, label_rules=RULES | {"unlisted": "ignore"}), tmp_path)
+    assert "'ids'" not in str(caught.value)
+    with pytest.raises(CacheError, match=r"made with label_rules \{'ids': "):
+        claim(replace(MADE, label_rules=RULES | {"ids": ids}), tmp_path)
+
+
+def test_classes_that_are_renamed_or_coloured_anew_go_on_with_the_cache(tmp_path):
+    claim(MADE, tmp_path)
+    names, colors = ["wood", "meadow", "lake"], [[0, 9, 0], [9, 9, 0], [0, 0, 9]]
+    found = claim(replace(MADE, class_names=names, class_colors=colors), tmp_path)
+    assert (found.class_names, found.class_colors) == (names, colors)
+    drop_changed(found, {"north": IDENTITY}, tmp_path)
+    assert read_manifest(tmp_path).class_names == names
+
+
+def test_a_cache_of_the_older_format_says_to_delete_it(tmp_path):
+    (tmp_path / MANIFEST).write_text(json.dumps(asdict(MADE) | {"format": 1}))
+    with pytest.raises(CacheError, match=f"format 1, expected 2.*; delete {tmp_path}"):
+        read_manifest(tmp_path)
 
 
 def test_of_several_differences_the_first_field_is_named(tmp_path):

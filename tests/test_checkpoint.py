@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from config import Model
+from config import Config, Dataset, Model
 from utils.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -23,7 +23,11 @@ from utils.checkpoint import (
 
 CPU = torch.device("cpu")
 SPEC = SimpleNamespace(
-    layers=(1, 3), norm="final", image_mean=(0.1, 0.2, 0.3), image_std=(0.4, 0.5, 0.6)
+    layers=(1, 3),
+    norm="final",
+    image_mean=(0.3, 0.2, 0.1, 0.2),
+    image_std=(0.6, 0.5, 0.4, 0.5),
+    rgb=(2, 1, 0),
 )
 BACKBONE = SimpleNamespace(spec=SPEC, weights_hash="a" * 64)
 
@@ -43,11 +47,19 @@ def made() -> Checkpoint:
         backbone_hash="a" * 64,
         layers=[1, 3],
         norm="final",
-        image_mean=[0.1, 0.2, 0.3],
-        image_std=[0.4, 0.5, 0.6],
+        image_mean=[0.3, 0.2, 0.1, 0.2],
+        image_std=[0.6, 0.5, 0.4, 0.5],
         patch_size=16,
         tile_size=64,
         precision="fp32",
+        bands=[1, 2, 3, 4],
+        rgb=[2, 1, 0],
+        ranges=[[0.0, 3000.0]] * 4,
+        nodata=None,
+        gsd=0.5,
+        ground_gsd=0.5,
+        class_names=["field", "wood", "water"],
+        class_colors=[[200, 180, 90], [20, 90, 30], [30, 60, 200]],
         ignore_index=255,
         epoch=7,
         metrics={"miou": 0.5, "iou": [0.25, None, 0.75]},
@@ -120,7 +132,7 @@ class Evil:
 
 @pytest.mark.parametrize("save", [torch.save, lambda o, p: p.write_bytes(pickle.dumps(o))])
 def test_code_in_a_checkpoint_is_refused_and_never_run(path, tmp_path, save):
-    save({"format": 1, "head": Evil(tmp_path / "ran")}, path)
+    save({"format": 2, "head": Evil(tmp_path / "ran")}, path)
     with pytest.raises(CheckpointError, match="damaged, or not a checkpoint") as caught:
         load_checkpoint(path)
     assert "\n" not in str(caught.value)
@@ -151,8 +163,9 @@ def test_whatever_byte_is_damaged_no_other_error_escapes(path):
     [
         ([1, 2], "not a DINOv3Seg checkpoint"),
         ({"state_dict": {}}, "not a DINOv3Seg checkpoint"),
-        ({"format": 99}, "not a DINOv3Seg checkpoint of format 1"),
-        ({"format": 1, "head": "linear", "odd": 1}, "missing or unknown entries:.*odd"),
+        ({"format": 99}, "not a DINOv3Seg checkpoint of format 2"),
+        ({"format": 1, "head": "linear"}, "not a DINOv3Seg checkpoint of format 2"),
+        ({"format": 2, "head": "linear", "odd": 1}, "missing or unknown entries:.*odd"),
     ],
 )
 def test_a_file_of_another_kind_is_refused(path, content, said):
@@ -182,14 +195,51 @@ def test_a_save_that_is_cut_short_leaves_the_older_checkpoint(path, monkeypatch,
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_checkpoint_fits_the_run_it_was_made_for(path, log):
-    section = Model(head="linear", num_classes=3)
-    require_fit(path, load_checkpoint(path), section, BACKBONE, CPU, log)
+def run_of(head: str = "linear", num_classes: int = 3, **dataset) -> Config:
+    return Config(model=Model(head=head, num_classes=num_classes), dataset=Dataset(**dataset))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"bands": (1, 2, 3, 4)}, {"gsd": 0.5}, {"input_range": (0, 3000)},
+     {"input_range": ((0, 3000),) * 4}, {"input_range": "dtype"}],
+)  # fmt: skip
+def test_a_checkpoint_fits_the_run_it_was_made_for(path, log, keys):
+    """What the configuration leaves open is as the checkpoint has it."""
+    require_fit(path, load_checkpoint(path), run_of(**keys), BACKBONE, CPU, log)
     assert log.stream.getvalue() == ""
 
 
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"bands": (1, 2, 3)}, r"bands is \[1, 2, 3, 4\], this run has \[1, 2, 3\]$"),
+        ({"bands": (4, 3, 2, 1)}, r"bands is .* this run has \[4, 3, 2, 1\]$"),
+        ({"gsd": 2.0}, r"gsd is 0\.5, this run has 2\.0$"),
+        ({"nodata": 0.0}, r"nodata is None, this run has 0\.0$"),
+        ({"input_range": (0, 255)}, r"ranges is \[\[0\.0, 3000\.0\].* has \[\[0\.0, 255\.0\]"),
+    ],
+)
+def test_a_scene_that_is_to_be_read_in_another_way_is_refused(path, log, keys, said):
+    with pytest.raises(CheckpointError, match=said) as caught:
+        require_fit(path, load_checkpoint(path), run_of(**keys), BACKBONE, CPU, log)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_backbone_that_sees_other_bands_is_refused(path, log):
+    spec = SimpleNamespace(**{**vars(SPEC), "rgb": (0, 1, 2)})
+    other = SimpleNamespace(spec=spec, weights_hash=BACKBONE.weights_hash)
+    with pytest.raises(CheckpointError, match=r"rgb is \[2, 1, 0\], this run has \[0, 1, 2\]$"):
+        require_fit(path, load_checkpoint(path), run_of(), other, CPU, log)
+
+
+def test_the_bands_that_the_backbone_sees_are_told_by_number():
+    assert made().rgb_bands == [3, 2, 1]
+    assert replace(made(), bands=[5, 7], rgb=[1, 1, 1]).rgb_bands == [7]
+
+
 def test_every_difference_from_the_run_is_named(path, log):
-    section = Model(head="unet", num_classes=4)
+    section = run_of(head="unet", num_classes=4)
     other = SimpleNamespace(spec=SPEC, weights_hash="b" * 64)
     with pytest.raises(CheckpointError) as caught:
         require_fit(path, load_checkpoint(path), section, other, CPU, log)
@@ -201,7 +251,7 @@ def test_every_difference_from_the_run_is_named(path, log):
 
 
 def test_features_of_another_precision_are_a_warning(path, log):
-    section = Model(head="linear", num_classes=3)
+    section = run_of()
     checkpoint = replace(made(), precision="bf16")
     require_fit(path, checkpoint, section, BACKBONE, CPU, log)
     assert "[WARNING]" in log.stream.getvalue()

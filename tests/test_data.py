@@ -1,21 +1,33 @@
 """Verify, samples and loaders: bad tiles go, flips keep places together, epochs are exact."""
 
 import gc
+import json
 import random
+from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from ground import scene
 from hypothesis import given
 from hypothesis import strategies as st
 from project import manifest_of
 from torch import Tensor
 
-import main
 from config import Augmentations, Splits, Train
 from utils import cache
-from utils.cache import CacheError, load_tile, read_manifest, tile_path, write_manifest, write_tile
+from utils.cache import (
+    CacheError,
+    Manifest,
+    load_tile,
+    read_manifest,
+    tile_path,
+    write_manifest,
+    write_tile,
+)
 from utils.data import (
     EpochSampler,
     PrecomputedDataset,
@@ -23,16 +35,26 @@ from utils.data import (
     draw_turn,
     load_split,
     make_loaders,
+    uniform_order,
     verify,
 )
 from utils.distributed import Runtime
 from utils.logging import VerbosityLogger
-from utils.splits import Split
+from utils.process import exit_code_of, one_line
+from utils.sampling import balanced_order
+from utils.splits import Split, SplitError
 
 SIZE, CELLS, LEVELS = 64, 4, 2
 OFF = Augmentations(enable=False)
 NAMES = [f"north__r{64 * row:06d}_c{64 * col:06d}" for row in range(3) for col in range(4)]
-IDENTITY = {"bytes": 1, "modified": 2, "height": 192, "width": 256}
+IDENTITY = scene(192, 256)
+COUNTS = [256] * 16  # pixels per class of a placed tile
+BANDS = {"bands": [1, 2, 3], "rgb": [0, 1, 2], "ranges": [[0.0, 255.0]] * 3}
+CLASSES = {
+    "num_classes": 16,
+    "class_names": [f"class {number}" for number in range(16)],
+    "class_colors": [[number] * 3 for number in range(16)],
+}
 
 
 def placed_tile() -> dict:
@@ -47,14 +69,17 @@ def placed_tile() -> dict:
     }
 
 
+def made_of(**changes) -> Manifest:
+    """What the cache of these tests is."""
+    tiles = dict.fromkeys(NAMES, COUNTS)
+    settings = {"channels": 2, "scenes": {"north": IDENTITY}, "tiles": tiles, "complete": True}
+    return manifest_of(**settings | BANDS | CLASSES | changes)
+
+
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A finished cache of twelve tiles whose numbers tell their places."""
-    scenes = {"north": IDENTITY}
-    made = manifest_of(
-        channels=2, num_classes=16, scenes=scenes, tiles={"north": 12}, complete=True
-    )
-    write_manifest(made, tmp_path)
+    write_manifest(made_of(), tmp_path)
     for name in NAMES:
         write_tile(tmp_path, name, **placed_tile())
     return tmp_path
@@ -153,38 +178,88 @@ def test_four_quarter_turns_and_two_flips_are_nothing():
 # Order
 
 
+def uniform(length: int, seed: int = 3) -> tuple:
+    """The order of every tile once."""
+    return partial(uniform_order, length, seed), length, length
+
+
+def balanced(length: int, seed: int = 3) -> tuple:
+    """The order of `length` draws from as many tiles, of which one alone shows class 1."""
+    counts = torch.tensor([[4096, 0]] * (length - 1) + [[0, 9]])
+    return partial(balanced_order, counts, length, seed), length, length
+
+
+def indices(orders: tuple, epoch: int, rank: int = 0, world: int = 1) -> list[int]:
+    """What a rank's sampler gives in an epoch."""
+    sampler = EpochSampler(*orders, rank, world)
+    sampler.epoch = epoch
+    found = list(sampler)
+    assert len(found) == len(sampler)
+    return found
+
+
+@pytest.mark.parametrize("orders", [uniform, balanced])
 @given(st.integers(1, 60), st.integers(1, 5), st.integers(0, 9), st.integers(1, 7))
-def test_the_ranks_steps_together_are_the_steps_of_one_process(length, world, epoch, batch):
-    def order(rank: int, world_size: int) -> list[int]:
-        sampler = EpochSampler(length, 3, rank, world_size)
-        sampler.epoch = epoch
-        found = list(sampler)
-        assert len(found) == len(sampler)
-        return found
-
-    alone, ranks = order(0, 1), [order(rank, world) for rank in range(world)]
-    assert sorted(alone) == list(range(epoch * length, (epoch + 1) * length))
-    padded = alone + (alone * world)[: -length % world]
+def test_the_ranks_steps_together_are_the_steps_of_one_process(orders, length, world, epoch, batch):
+    """The same tiles with the same turns, step by step; what fills the last one weighs nothing."""
+    orders = orders(length)
+    alone = indices(orders, epoch)
+    ranks = [indices(orders, epoch, rank, world) for rank in range(world)]
+    assert {len(part) for part in ranks} == {-(-length // world)}
+    together = [index for step in zip(*ranks, strict=True) for index in step]
+    assert together[:length] == alone
+    assert all(index < 0 for index in together[length:])  # these weigh nothing
     for start in range(0, len(ranks[0]), batch):
-        together = [index for part in ranks for index in part[start : start + batch]]
-        wide = padded[start * world : (start + batch) * world]
-        assert sorted(together) == sorted(wide)
+        step = sorted(index for part in ranks for index in part[start : start + batch])
+        assert step == sorted(together[start * world : (start + batch) * world])
 
 
-def test_epochs_have_other_orders_and_seeds_too():
+@pytest.mark.parametrize("length", [1, 7, 9, 31])
+def test_two_ranks_turn_the_tiles_of_an_odd_epoch_as_one_process_does(length):
+    def turns(epoch: int, rank: int, world: int) -> list[tuple[int, Turn]]:
+        found = [divmod(index, length) for index in indices(uniform(length), epoch, rank, world)]
+        return [(place, draw_turn(Augmentations(), 5, visit, place)) for visit, place in found]
+
+    for epoch in range(3):
+        first, second = turns(epoch, 0, 2), turns(epoch, 1, 2)
+        both = [pair for step in zip(first, second, strict=True) for pair in step]
+        assert both[:length] == turns(epoch, 0, 1)
+
+
+def test_a_tile_that_fills_the_last_step_up_has_no_label(folder):
+    dataset = PrecomputedDataset(folder, NAMES)
+    plain, filling = dataset[0], dataset[-1]
+    assert torch.equal(plain.image, filling.image) and plain.name == filling.name
+    assert (plain.label != 255).any() and (filling.label == 255).all()
+
+
+def test_every_tile_is_met_once_in_a_uniform_epoch():
+    for epoch in range(3):
+        assert sorted(index % 23 for index in indices(uniform(23), epoch)) == list(range(23))
+
+
+@pytest.mark.parametrize("orders", [uniform, balanced])
+def test_epochs_have_other_orders_and_seeds_too(orders):
     def order(seed: int, epoch: int) -> tuple[int, ...]:
-        sampler = EpochSampler(20, seed, 0, 1)
-        sampler.epoch = epoch
-        return tuple(index % 20 for index in sampler)
+        return tuple(index % 20 for index in indices(orders(20, seed), epoch))
 
     assert len({order(seed, epoch) for seed in range(4) for epoch in range(5)}) == 20
     assert order(2, 3) == order(2, 3)
 
 
-def loaders_of(folder: Path, workers: int, run: Runtime | None = None, batch_size: int = 5):
-    section = Train(processed_dir=folder, batch_size=batch_size, num_workers=workers)
+@pytest.mark.parametrize("orders", [uniform, balanced])
+def test_no_two_visits_to_a_tile_share_their_turn_by_number(orders):
+    """Neither in an epoch nor in two of them."""
+    seen = [index for epoch in range(6) for index in indices(orders(20), epoch)]
+    assert len(set(seen)) == len(seen)
+
+
+def loaders_of(folder: Path, workers: int, run: Runtime | None = None, **keys):
+    keys = {"batch_size": 5} | keys
+    section = Train(processed_dir=folder, num_workers=workers, **keys)
     split = Split(train=NAMES[:9], val=NAMES[9:])
-    return make_loaders(split, section, Augmentations(), 11, run or Runtime())
+    manifest = read_manifest(folder)
+    return make_loaders(split, manifest, section, Augmentations(), 11, run or Runtime())
 
 
 def epoch_of(loaders, epoch: int) -> dict[str, Tensor]:
@@ -227,6 +302,73 @@ def test_a_rank_without_a_tile_to_validate_has_no_batch(folder):
     assert list(loaders_of(folder, 0, Runtime(7, 7, 8)).val) == []
 
 
+def make_rare(folder: Path) -> None:
+    """Class 1 in the manifest on one training tile, and on two that validate; class 0 on all."""
+    tiles = {name: [4096] + [0] * 15 for name in NAMES}
+    for name in (NAMES[3], NAMES[9], NAMES[10]):
+        tiles[name] = [4000, 96] + [0] * 14
+    write_manifest(replace(read_manifest(folder), tiles=tiles), folder)
+
+
+def drawn_names(loaders, epochs: int) -> list[str]:
+    names = []
+    for epoch in range(epochs):
+        loaders.sampler.epoch = epoch
+        names += [name for batch in loaders.train for name in batch.name]
+    return names
+
+
+def test_balanced_loaders_meet_a_rare_class_as_often_as_a_common_one(folder):
+    make_rare(folder)
+    uniform_names = drawn_names(loaders_of(folder, 0), 8)
+    assert Counter(uniform_names) == dict.fromkeys(NAMES[:9], 8)
+    names = drawn_names(loaders_of(folder, 0, sampler="balanced"), 8)
+    assert len(names) == 8 * 9
+    assert set(names) <= set(NAMES[:9])
+    assert names.count(NAMES[3]) >= 8 * 9 / 2 - 1
+    assert len(set(names)) == 9
+
+
+def test_ranks_share_a_balanced_epoch(folder):
+    make_rare(folder)
+    alone = drawn_names(loaders_of(folder, 0, sampler="balanced", batch_size=1), 1)
+    ranks = [
+        drawn_names(loaders_of(folder, 0, Runtime(rank, rank, 2), sampler="balanced"), 1)
+        for rank in range(2)
+    ]
+    together = [name for step in zip(*ranks, strict=True) for name in step]
+    assert together == [*alone, alone[0]]
+
+
+def test_a_tile_drawn_twice_in_an_epoch_is_turned_anew_each_time(folder):
+    make_rare(folder)
+    loaders = loaders_of(folder, 0, sampler="balanced")
+    ways = set()
+    for epoch in range(4):
+        loaders.sampler.epoch = epoch
+        labels = [
+            tuple(label[8::16, 8::16].flatten().tolist())
+            for batch in loaders.train
+            for name, label in zip(batch.name, batch.label, strict=True)
+            if name == NAMES[3]
+        ]
+        assert len(labels) >= 4
+        assert len(set(labels)) > 1
+        ways |= set(labels)
+    assert len(ways) > 4
+
+
+def test_samples_have_all_the_bands_that_are_cached(folder):
+    write_manifest(made_of(bands=[3, 2, 1, 4], ranges=[[0.0, 255.0]] * 4), folder)
+    for name in NAMES:
+        part = placed_tile()
+        infrared = part["label"][None]
+        write_tile(folder, name, **part | {"image": torch.cat([part["image"], infrared])})
+    for batch in loaders_of(folder, 0).train:
+        assert batch.image.shape[1:] == (4, SIZE, SIZE)
+        assert torch.equal(batch.image[:, 3], batch.label)
+
+
 # Damaged tiles in training
 
 
@@ -254,8 +396,8 @@ def clean_line(folder: Path, workers: int) -> str:
     """What the program says of an epoch that fails, and that its exit code is that of bad data."""
     with pytest.raises(CacheError) as caught:
         epoch_of(loaders_of(folder, workers), 0)
-    assert main.exit_code_of(caught.value) == 3
-    return main.one_line(caught.value)
+    assert exit_code_of(caught.value) == 3
+    return one_line(caught.value)
 
 
 @pytest.mark.parametrize("harm", [break_cut, break_gone, break_empty, break_keys, break_kind])
@@ -282,15 +424,87 @@ def test_a_damaged_tile_in_a_worker_is_told_like_one_in_this_process(folder, mon
 
 def split_of(folder: Path, log: VerbosityLogger, **lists):
     section = Train(processed_dir=folder, val_fraction=0.25)
-    return load_split(section, Splits(**lists), 1, log)
+    return load_split(section, Splits(**lists), 1, Runtime(), log)
 
 
 def test_a_split_is_made_of_the_cached_tiles(folder, log):
     manifest, split = split_of(folder, log)
     assert manifest.complete
     assert sorted(split.train + split.val) == NAMES
-    assert len(split.val) == 3
-    assert "9 tiles to train on, 3 to validate" in log.stream.getvalue()
+    assert len(split.val) in (2, 4)
+    said = log.stream.getvalue()
+    shares = ", ".join(f"class {number}: 6.2%" for number in range(16))
+    assert f"train: val has {len(split.val)} tiles, class shares {shares}" in said
+    assert f"train: train has {12 - len(split.val)} tiles, class shares {shares}" in said
+    assert "train: the two sides are 0 m apart, 0 tiles dropped" in said
+
+
+def test_the_split_is_drawn_as_a_map_beside_the_cache(folder, log):
+    _, split = split_of(folder, log)
+    drawn = json.loads((folder / "splits.geojson").read_text())
+    found = {each["properties"]["tile"]: each["properties"] for each in drawn["features"]}
+    assert {name: about["side"] for name, about in found.items()} == split.sides()
+    assert all(about["classes"] == COUNTS for about in found.values())
+
+
+def test_only_the_first_rank_draws_the_map(folder, log):
+    section = Train(processed_dir=folder, val_fraction=0.25)
+    other = load_split(section, Splits(), 1, Runtime(1, 1, 2), log)
+    assert not (folder / "splits.geojson").exists()
+    assert other == load_split(section, Splits(), 1, Runtime(0, 0, 2), log)
+    assert (folder / "splits.geojson").exists()
+
+
+def write_regions(path: Path, **parts: tuple[int, int]) -> Path:
+    """Regions from column to column of the scene, as GeoJSON in its own CRS, by their side."""
+    features = []
+    for side, (left, right) in parts.items():
+        (west, south), (east, north) = ((412000 + col / 2, y) for col, y in
+                                        ((left, 5325000), (right, 5327000)))  # fmt: skip
+        ring = [(west, south), (east, south), (east, north), (west, north), (west, south)]
+        geometry = {"type": "Polygon", "coordinates": [ring]}
+        features.append({"type": "Feature", "properties": {"split": side}, "geometry": geometry})
+    crs = {"type": "name", "properties": {"name": "EPSG:32633"}}
+    collection = {"type": "FeatureCollection", "crs": crs, "features": features}
+    path.write_text(json.dumps(collection))
+    return path
+
+
+def test_regions_decide_where_they_are_given(folder, log, tmp_path_factory):
+    regions = tmp_path_factory.mktemp("gis") / "regions.geojson"
+    write_regions(regions, train=(-9, 64), val=(64, 128), test=(140, 290))
+    _, split = split_of(folder, log, regions=regions)
+    columns = [[name for name in NAMES if name.endswith(f"{64 * col:03d}")] for col in range(4)]
+    train, val, dropped, test = columns
+    assert split == Split(train, val, test, dropped)
+    assert "3 tiles train, 3 validate, 3 are for testing; dropped 3 that straddle" in (
+        log.stream.getvalue()
+    )
+    drawn = json.loads((folder / "splits.geojson").read_text())
+    sides = Counter(each["properties"]["side"] for each in drawn["features"])
+    assert sides == {"train": 3, "val": 3, "test": 3, "dropped": 3}
+
+
+def test_a_split_whose_sides_share_ground_is_refused(folder, log, tmp_path):
+    """Two scenes of the same place, one on each side."""
+    names = [*NAMES, *(name.replace("north", "later") for name in NAMES)]
+    other = replace(
+        read_manifest(folder),
+        scenes={"north": IDENTITY, "later": scene(192, 256, left=412010, top=5325990)},
+        tiles=dict.fromkeys(names, COUNTS),
+    )
+    write_manifest(other, folder)
+    for name in names[12:]:
+        write_tile(folder, name, **placed_tile())
+    (tmp_path / "train.txt").write_text("north")
+    (tmp_path / "val.txt").write_text("later")
+    lists = {"train_list": tmp_path / "train.txt", "val_list": tmp_path / "val.txt"}
+    with pytest.raises(SplitError, match="share ground, such as north__.* and later__"):
+        split_of(folder, log, **lists)
+    _, split = split_of(folder, log)
+    assert split.train
+    assert split.val
+    assert split.dropped
 
 
 def test_lists_decide_where_they_are_given(folder, log, tmp_path_factory):
@@ -413,7 +627,7 @@ def test_a_worker_that_dies_condemns_no_tile(folder, log, monkeypatch):
     monkeypatch.setattr(cache, "load_tile", lambda *_, **__: __import__("os")._exit(9))
     with pytest.raises(BrokenProcessPool) as caught:
         run_verify(folder, log, workers=2)
-    assert main.exit_code_of(caught.value) == 4
+    assert exit_code_of(caught.value) == 4
     assert len(list(folder.glob("*.pt"))) == 12
 
 

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from config import Resources
-from utils.data import EpochSampler
 from utils.distributed import (
     DeviceError,
     LaunchError,
@@ -105,7 +104,9 @@ def test_two_processes_reach_the_metrics_of_one_on_the_same_global_batch(folders
     assert one[0].keys() == two[0].keys()
     for ours, theirs in zip(one, two, strict=True):
         for key in ours.keys() - {"tiles_per_second"}:
-            assert float(ours[key]) == pytest.approx(float(theirs[key]), abs=1e-4), key
+            # a score counts pixels: one that rounding turns over moves it by more than a loss
+            near = 1e-3 if key.startswith(("iou", "m")) else 1e-4
+            assert float(ours[key]) == pytest.approx(float(theirs[key]), abs=near), key
     assert float(one[0]["train_loss"]) - float(one[-1]["train_loss"]) > 0.01
 
 
@@ -132,13 +133,13 @@ def test_ranks_stop_in_the_same_epoch_with_an_odd_number_of_tiles(folders):
     root, _ = folders
     said = torchrun(
         root / "two" / "config.yml", "prepare.enable=false", "inference.enable=false",
-        "train.val_fraction=0.25", "train.batch_size=2", "train.grad_accum_steps=3",
+        "dataset.splits.buffer=20", "train.batch_size=2", "train.grad_accum_steps=3",
         "train.num_workers=1", "train.patience=2", "train.epochs=50", "train.adamw_lr=1e-9",
         "train.muon_lr=1e-9", "train.weights_dir=odd", "model.head=maskformer",
         "train.ema_decay=0.5", "verify.workers=2",
     )  # fmt: skip
     assert said.returncode == 0, said.stderr
-    assert "15 tiles to train on, 5 to validate" in said.stderr
+    assert "train has 5 tiles" in said.stderr
     assert said.stderr.count("no better mIoU for 2 epochs: stopped early") == 1
     assert said.stderr.count("verify: 20 tiles checked, 0 deleted") == 1
     assert (root / "two" / "odd" / "maskformer_best.pth").is_file()
@@ -215,7 +216,7 @@ def test_a_fault_of_one_rank_is_one_line_and_no_traceback_of_ours(folders):
     errors = [line for line in ours(said.stderr) if line.startswith("[ERROR]")]
     assert len(errors) == 2
     assert errors[0].startswith("[ERROR] prepare: failed after")
-    assert "values other than 0..1 and 255" in errors[1]
+    assert "are no class" in errors[1]
     assert 'main.py", line' not in said.stderr
 
 
@@ -264,23 +265,6 @@ def test_the_shares_of_all_ranks_are_the_items_each_once(count, world_size):
     shares = [Runtime(rank, 0, world_size).share(range(count)) for rank in range(world_size)]
     assert sorted(item for share in shares for item in share) == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-@given(st.integers(1, 40), st.integers(1, 4), st.integers(1, 4), st.integers(0, 3))
-def test_a_step_of_all_ranks_takes_the_tiles_of_one_process(length, world_size, batch, epoch):
-    samplers = [EpochSampler(length, 7, rank, world_size) for rank in range(world_size)]
-    alone = EpochSampler(length, 7, 0, 1)
-    for sampler in (*samplers, alone):
-        sampler.epoch = epoch
-    ranks, single = [list(sampler) for sampler in samplers], list(alone)
-    assert {len(rank) for rank in ranks} == {len(samplers[0])}
-    whole = length // (batch * world_size)
-    for step in range(whole):
-        together = [i for rank in ranks for i in rank[step * batch : (step + 1) * batch]]
-        wanted = single[step * batch * world_size : (step + 1) * batch * world_size]
-        assert sorted(together) == sorted(wanted)
-    assert {i for rank in ranks for i in rank} == set(single)
-    assert sum(map(len, ranks)) - length < world_size
 
 
 def test_gradients_are_exchanged_with_the_last_micro_batch_only():

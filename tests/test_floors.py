@@ -9,22 +9,33 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {
-        "utils.strict_yaml", "utils.tiling", "utils.losses", "utils.metrics", "utils.optim",
-        "utils.logging", "utils.landscape", "models.blocks",
+        "utils.strict_yaml", "utils.key_rules", "utils.tiling", "utils.cache", "utils.sampling",
+        "utils.losses", "utils.metrics", "utils.optim", "utils.logging", "utils.landscape",
+        "models.blocks",
     },
-    {"config", "models.base"},
+    {"utils.key_faults", "utils.raster", "utils.footprints", "utils.blending", "models.base"},
     {
-        "utils.raster", "utils.cache", "utils.distributed", "models.backbone", "models.linear",
-        "models.unet", "models.unet_v2", "models.maskformer",
+        "config", "utils.scenes", "utils.vectors", "utils.maps", "utils.ground", "utils.blocks",
+        "models.linear", "models.unet", "models.unet_v2", "models.maskformer",
     },
-    {"utils.labels", "utils.splits", "utils.checkpoint", "models", "models.segmenter"},
-    {"utils.prepare", "utils.data"},
-    {"utils.engine", "utils.inference"},
+    {
+        "utils.process", "utils.distributed", "utils.burning", "utils.label_values",
+        "utils.splits", "utils.regions", "models.backbone", "models",
+    },
+    {"utils.labels", "utils.data", "utils.checkpoint", "utils.polygons", "models.segmenter"},
+    {"utils.prepare", "utils.engine", "utils.inference"},
     {"main", "utils.demo"},
 ]  # fmt: skip
 DOORS = {
-    "rasterio": {"utils.raster", "utils.labels"},
-    "shapely": {"utils.raster", "utils.labels"},
+    "rasterio": {
+        "utils.raster", "utils.labels", "utils.vectors", "utils.burning", "utils.footprints",
+        "utils.maps", "utils.ground", "utils.polygons",
+    },
+    "shapely": {
+        "utils.raster", "utils.labels", "utils.vectors", "utils.burning", "utils.footprints",
+        "utils.blocks", "utils.splits", "utils.ground", "utils.polygons",
+    },
+    "pyogrio": {"utils.vectors", "utils.polygons"},
     "tifffile": {"utils.raster"},
     "transformers": {"models.backbone"},
     "safetensors": {"models.backbone"},
@@ -32,7 +43,7 @@ DOORS = {
     "yaml": {"utils.strict_yaml"},
     "pydantic": {"config"},
     "tqdm": {"utils.logging"},
-}
+}  # fmt: skip
 CALLS = {
     "torch.save": {"utils.cache", "utils.checkpoint"},
     "torch.load": {"utils.cache", "utils.checkpoint"},

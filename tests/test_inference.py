@@ -1,5 +1,6 @@
-"""Inference: a blend is the dense mosaic of its tiles in float64; a map is whole or absent."""
+"""Inference: a map is the best class of the dense mosaic of its tiles; it is whole or absent."""
 
+import json
 import subprocess
 import sys
 
@@ -8,8 +9,7 @@ import project
 import pytest
 import rasterio
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from test_blending import dense_mosaic
 
 import main
 from config import TTA, Inference, Model
@@ -17,38 +17,23 @@ from models import build_head
 from models.backbone import build_backbone, describe_backbone, write_random_backbone
 from models.segmenter import Segmenter
 from utils.inference import (
-    Blend,
-    axis_weights,
-    hann,
+    InferenceError,
+    Trained,
+    lay,
     mean_of_views,
     predict_scene,
+    predict_scenes,
     predict_tiles,
     views,
 )
 from utils.logging import VerbosityLogger
-from utils.raster import RasterError, open_scene
-from utils.tiling import Tile, origins, stride_of, tiles
+from utils.maps import default_legend
+from utils.raster import RasterError, Reading, open_scene
+from utils.scenes import SceneFile, find_scenes
+from utils.tiling import tiles
 
 CPU = torch.device("cpu")
 QUIET = VerbosityLogger("error", silent=True)
-OVERLAPS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.97)
-
-sides = st.integers(1, 75)
-sizes = st.sampled_from([8, 16, 32])
-overlaps = st.sampled_from(OVERLAPS)
-
-
-class Probabilities(Blend):
-    """A blend that keeps the probabilities of the rows that leave it."""
-
-    def __init__(self, *arguments) -> None:
-        super().__init__(*arguments)
-        self.gone = []
-
-    def finish(self, row: int) -> np.ndarray:
-        count = min(row, self.height) - self.top
-        self.gone.append(self._sums[:, :count, : self.width].clone())
-        return super().finish(row)
 
 
 class Unlike(torch.nn.Module):
@@ -72,37 +57,16 @@ def section_of(folder, **keys) -> Inference:
     return Inference(enable=True, **keys)
 
 
-def dense_mosaic(probabilities, height, width, size, overlap):
-    """Σ w·p / Σ w over tiles, in float64 and without tricks; probabilities by (row, col)."""
-    stride = stride_of(size, overlap)
-    classes = len(next(iter(probabilities.values())))
-    sums = np.zeros((classes, max(height, size), max(width, size)))
-    weights = np.zeros(sums.shape[1:])
-    line = np.sin(np.pi * (np.arange(size) + 0.5) / size) ** 2
-    window = np.outer(line, line)
-    for row in origins(height, size, stride):
-        for col in origins(width, size, stride):
-            place = np.s_[row : row + size, col : col + size]
-            sums[:, *place] += window * probabilities[row, col]
-            weights[place] += window
-    return (sums / weights)[:, :height, :width]
+def trained_on(classes, **reading) -> Trained:
+    return Trained(default_legend(classes), Reading(**reading), None, {"made": "by a test"})
 
 
-def fed(blend, found, valid=None):
-    """The class rows that a blend gives for tiles' probabilities by (row, col)."""
-    size = blend._sums.shape[1]
-    rows = []
-    for (row, col), part in found.items():
-        mask = np.ones((size, size), bool) if valid is None else valid[row, col]
-        rows.append(blend.feed(Tile(row, col, size, size), part, mask))
-    return np.concatenate([*rows, blend.finish(blend.height)])
-
-
-def random_tiles(height, width, size, overlap, classes, seed):
-    generator = torch.Generator().manual_seed(seed)
-    plan = tiles(height, width, size, overlap)
-    shape = (classes, size, size)
-    return {(t.row, t.col): (3 * torch.randn(shape, generator=generator)).softmax(0) for t in plan}
+def predict(section, network, classes, **reading):
+    """Map the scene of a section; returns where the map is."""
+    file = SceneFile("scene", section.input_tif)
+    trained = trained_on(classes, **reading)
+    predict_scene(section, file, False, network, trained, CPU, QUIET)
+    return section.output_tif
 
 
 def write_scene(folder, height, width, nodata=None, seed=1):
@@ -110,108 +74,18 @@ def write_scene(folder, height, width, nodata=None, seed=1):
     return project.write_scene(folder / "scene.tif", image, project.grid(height, width), nodata)
 
 
-# ---- blending ----
+# ---- flips and turns ----
 
-
-@settings(max_examples=80, deadline=None)
-@given(sides, sides, sizes, overlaps, st.integers(2, 4), st.integers(0, 9))
-@example(height=3, width=70, size=32, overlap=0.5, classes=2, seed=0)  # lower than a tile
-@example(height=70, width=3, size=32, overlap=0.5, classes=2, seed=0)  # narrower than a tile
-@example(height=1, width=1, size=8, overlap=0.9, classes=3, seed=0)
-@example(height=64, width=64, size=32, overlap=0.97, classes=3, seed=0)
-@example(height=33, width=65, size=32, overlap=0.0, classes=2, seed=0)
-def test_a_blend_is_the_dense_mosaic_of_the_same_probabilities(
-    height, width, size, overlap, classes, seed
-):
-    found = random_tiles(height, width, size, overlap, classes, seed)
-    wanted = dense_mosaic(
-        {place: part.double().numpy() for place, part in found.items()},
-        height, width, size, overlap,
-    )  # fmt: skip
-    blend = Probabilities(height, width, size, overlap, classes, CPU)
-    rows = fed(blend, found)
-    probabilities = torch.cat(blend.gone, dim=1).numpy()
-    assert np.abs(probabilities - wanted).max() < 1e-5
-    assert rows.shape == (height, width)
-    best = np.sort(wanted, axis=0)
-    clear = best[-1] - best[-2] > 2e-5
-    assert (rows == wanted.argmax(0))[clear].all()
-
-
-@settings(max_examples=40, deadline=None)
-@given(sides, sides, sizes, overlaps)
-def test_constants_blend_to_constants(height, width, size, overlap):
-    constant = torch.tensor([0.2, 0.5, 0.3])[:, None, None].expand(3, size, size)
-    found = {(tile.row, tile.col): constant for tile in tiles(height, width, size, overlap)}
-    blend = Probabilities(height, width, size, overlap, 3, CPU)
-    assert (fed(blend, found) == 1).all()
-    probabilities = torch.cat(blend.gone, dim=1)
-    assert (probabilities - constant[:, :1, :1]).abs().max() < 1e-5
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 3000), st.sampled_from([16, 64, 512]), st.floats(0, 0.999))
-def test_weights_are_never_zero_and_add_up_to_one_at_each_pixel(length, size, overlap):
-    weights = axis_weights(length, size, stride_of(size, overlap))
-    total = torch.zeros(max(length, size), dtype=torch.float64)
-    for start, weight in weights.items():
-        assert weight.min() > 0
-        total[start : start + size] += weight
-    assert (total - 1).abs().max() < 1e-5
-
-
-def test_the_window_is_symmetric_and_positive_even_in_the_corner_of_a_big_tile():
-    window = hann(512).float()
-    assert torch.equal(window, window.flip(0))
-    assert window[0] ** 2 > 0
-
-
-@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.9])
-def test_a_blend_takes_no_more_memory_for_a_higher_scene(overlap):
-    def held(height):
-        blend = Blend(height, 100, 32, overlap, 4, CPU)
-        for tile in tiles(height, 100, 32, overlap):
-            if tile.row > 4 * 32:
-                break
-            blend.feed(tile, torch.full((4, 32, 32), 0.25), np.ones((32, 32), bool))
-        return blend._sums.numel(), blend._valid.size
-
-    assert held(200) == held(20_000) == (4 * 32 * 100, 32 * 100)
-
-
-def test_rows_leave_as_soon_as_no_later_tile_reaches_them():
-    blend = Blend(height=100, width=40, size=32, overlap=0.5, num_classes=2, device=CPU)
-    half = torch.full((2, 32, 32), 0.5)
-    counts = {}
-    for tile in tiles(100, 40, 32, 0.5):
-        rows = blend.feed(tile, half, np.ones((32, 32), bool))
-        counts[tile.row] = counts.get(tile.row, 0) + len(rows)
-    assert counts == {0: 0, 16: 16, 32: 16, 48: 16, 64: 16, 68: 4}
-    assert len(blend.finish(100)) == 32
-
-
-@settings(max_examples=30, deadline=None)
-@given(sides, sides, overlaps, st.integers(0, 9))
-def test_only_pixels_that_are_valid_somewhere_get_a_class(height, width, overlap, seed):
-    size = 16
-    mask = np.random.default_rng(seed).random((max(height, size), max(width, size))) < 0.3
-    found = random_tiles(height, width, size, overlap, 3, seed)
-    valid = {(r, c): mask[r : r + size, c : c + size] for r, c in found}
-    found = {place: part if valid[place].any() else None for place, part in found.items()}
-    rows = fed(Blend(height, width, size, overlap, 3, CPU), found, valid)
-    assert np.array_equal(rows != 255, mask[:height, :width])
-
-
-# ---- flips ----
+PLAIN = (False, False, 0)
 
 
 @pytest.mark.parametrize(
     ("horizontal", "vertical", "wanted"),
     [
-        (False, False, [()]),
-        (True, False, [(), (-1,)]),
-        (False, True, [(), (-2,)]),
-        (True, True, [(), (-1,), (-2,), (-2, -1)]),
+        (False, False, [PLAIN]),
+        (True, False, [PLAIN, (True, False, 0)]),
+        (False, True, [PLAIN, (False, True, 0)]),
+        (True, True, [PLAIN, (True, False, 0), (False, True, 0), (True, True, 0)]),
     ],
 )
 def test_views_are_the_flips_that_the_config_asks_for(horizontal, vertical, wanted):
@@ -219,6 +93,25 @@ def test_views_are_the_flips_that_the_config_asks_for(horizontal, vertical, want
 
 
 ALL_VIEWS = views(TTA(horizontal_flip=True, vertical_flip=True))
+
+
+def test_quarter_turns_and_both_flips_are_the_eight_ways_to_lay_a_square():
+    everything = views(TTA(horizontal_flip=True, vertical_flip=True, rotate90=True))
+    square = torch.arange(9).view(3, 3)
+    assert len(everything) == 8
+    assert len({tuple(lay(square, flip).flatten().tolist()) for flip in everything}) == 8
+    assert len(views(TTA(rotate90=True))) == 4
+
+
+def test_each_turned_view_is_laid_back_before_the_mean():
+    def brightness(pixels):  # whatever is done to the tile is done to its answer
+        shares = pixels.float()[:, :1] / 255
+        return torch.cat([shares, 1 - shares], 1)
+
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    everything = views(TTA(horizontal_flip=True, vertical_flip=True, rotate90=True))
+    mean = mean_of_views(brightness, pixels, everything)
+    assert torch.allclose(mean, brightness(pixels), atol=1e-6)
 
 
 def test_flips_change_nothing_for_a_network_that_does_not_care_about_them():
@@ -254,7 +147,7 @@ def test_a_map_with_all_flips_is_the_flip_of_the_flipped_scenes_map(tmp_path):
         project.write_scene(tmp_path / name / "scene.tif", pixels, project.grid(64, 96))
         tta = TTA(horizontal_flip=True, vertical_flip=True)
         section = section_of(tmp_path / name, tile_size=32, overlap=0.5, tta=tta)
-        predict_scene(section, network, 3, CPU, QUIET)
+        predict(section, network, 3)
         with rasterio.open(section.output_tif) as dataset:
             maps.append(dataset.read(1))
     assert np.array_equal(maps[0], maps[1][:, ::-1])
@@ -284,7 +177,7 @@ def test_a_map_is_the_best_class_of_the_dense_mosaic_for_any_batch_size(
     maps = []
     for batch_size in (1, 3, 64):
         section = section_of(tmp_path, tile_size=32, overlap=overlap, batch_size=batch_size)
-        assert predict_scene(section, network, 3, CPU, QUIET) == section.output_tif
+        assert predict(section, network, 3) == section.output_tif
         with rasterio.open(section.output_tif) as dataset:
             maps.append(dataset.read(1))
     assert (maps[0] == wanted.argmax(0))[clear].all()
@@ -299,7 +192,7 @@ def test_nodata_pixels_stay_nodata_and_empty_tiles_never_reach_the_network(tmp_p
     project.write_scene(tmp_path / "scene.tif", image, project.grid(128, 160), nodata=0)
     network = Unlike(32, num_classes=3)
     section = section_of(tmp_path, tile_size=32, overlap=0.0, batch_size=3)
-    predict_scene(section, network, 3, CPU, QUIET)
+    predict(section, network, 3)
     with rasterio.open(section.output_tif) as dataset:
         classes = dataset.read(1)
     assert np.array_equal(classes == 255, (image == 0).all(0))
@@ -310,7 +203,7 @@ def test_a_scene_without_a_valid_pixel_maps_to_nodata_without_a_network(tmp_path
     image = np.zeros((3, 40, 50), np.uint8)
     project.write_scene(tmp_path / "scene.tif", image, project.grid(40, 50), nodata=0)
     section = section_of(tmp_path, tile_size=32)
-    predict_scene(section, None, 3, CPU, QUIET)
+    predict(section, None, 3)
     with rasterio.open(section.output_tif) as dataset:
         assert (dataset.read(1) == 255).all()
 
@@ -322,7 +215,7 @@ def test_pixels_behind_an_external_mask_stay_nodata(tmp_path):
     with rasterio.open(path, "r+") as dataset:
         dataset.write_mask(mask)
     section = section_of(tmp_path, tile_size=32)
-    predict_scene(section, Unlike(32, 3), 3, CPU, QUIET)
+    predict(section, Unlike(32, 3), 3)
     with rasterio.open(section.output_tif) as dataset:
         assert np.array_equal(dataset.read(1) == 255, mask == 0)
 
@@ -335,7 +228,7 @@ def test_a_map_has_its_own_profile_and_the_scenes_place(tmp_path):
     profile |= {"compress": "jpeg", "interleave": "pixel", "nodata": 0}
     with rasterio.open(path, "w", crs=where.crs, transform=where.transform, **profile) as dataset:
         dataset.write(image)
-    predict_scene(section_of(tmp_path, tile_size=32), Unlike(32, 3), 3, CPU, QUIET)
+    predict(section_of(tmp_path, tile_size=32), Unlike(32, 3), 3)
     with rasterio.open(tmp_path / "map.tif") as dataset:
         assert (dataset.crs, dataset.transform) == (where.crs, where.transform)
         assert (dataset.count, dataset.height, dataset.width) == (1, 70, 90)
@@ -350,7 +243,7 @@ def test_a_scene_without_a_place_gives_a_map_without_one(tmp_path):
     with pytest.warns(rasterio.errors.NotGeoreferencedWarning):
         with rasterio.open(tmp_path / "scene.tif", "w", **profile) as dataset:
             dataset.write(image)
-        predict_scene(section_of(tmp_path, tile_size=32), Unlike(32, 3), 3, CPU, QUIET)
+        predict(section_of(tmp_path, tile_size=32), Unlike(32, 3), 3)
         with rasterio.open(tmp_path / "map.tif") as dataset:
             assert dataset.crs is None
 
@@ -366,7 +259,7 @@ def test_maps_of_more_than_254_classes_have_16_bits(tmp_path, classes, dtype, no
     def last_class(pixels):
         return torch.eye(classes)[-1][None, :, None, None].expand(len(pixels), -1, 32, 32)
 
-    predict_scene(section_of(tmp_path, tile_size=32), last_class, classes, CPU, QUIET)
+    predict(section_of(tmp_path, tile_size=32), last_class, classes)
     with rasterio.open(tmp_path / "map.tif") as dataset:
         assert (dataset.dtypes, dataset.nodata) == ((dtype,), nodata)
         assert (dataset.read(1)[:8] == nodata).all()
@@ -386,7 +279,7 @@ def test_a_failure_half_way_leaves_the_old_map_and_no_other_file(tmp_path):
 
     with pytest.raises(MemoryError):
         section = section_of(tmp_path, tile_size=32, batch_size=2, overlap=0.0)
-        predict_scene(section, failing, 3, CPU, QUIET)
+        predict(section, failing, 3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["map.tif", "scene.tif"]
     assert (tmp_path / "map.tif").read_bytes() == b"the map of yesterday"
 
@@ -398,7 +291,7 @@ def test_a_signal_half_way_leaves_no_map(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        predict_scene(section_of(tmp_path, tile_size=32), interrupted, 3, CPU, QUIET)
+        predict(section_of(tmp_path, tile_size=32), interrupted, 3)
     assert [path.name for path in tmp_path.iterdir()] == ["scene.tif"]
 
 
@@ -406,13 +299,14 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 import torch
-from test_inference import CPU, QUIET, Unlike, predict_scene, section_of
+from test_inference import Unlike, predict, section_of
+from utils.maps import MapError
 folder = Path(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 try:
-    predict_scene(section_of(folder, tile_size=32), Unlike(32, 3), 3, CPU, QUIET)
-except OSError as error:
-    sys.exit(4)
+    predict(section_of(folder, tile_size=32), Unlike(32, 3), 3)
+except MapError as error:
+    sys.exit(error.exit_code)
 """
 
 
@@ -427,7 +321,7 @@ def test_a_disk_that_is_full_at_the_last_block_leaves_no_map(tmp_path):
 
 def test_a_scene_that_is_missing_is_named(tmp_path):
     with pytest.raises(RasterError, match=r"scene\.tif: no such file"):
-        predict_scene(section_of(tmp_path), None, 3, CPU, QUIET)
+        predict(section_of(tmp_path), None, 3)
 
 
 def test_tiles_keep_their_order_whatever_the_batch_size(tmp_path):
@@ -465,7 +359,7 @@ def test_features_at_inference_are_those_that_prepare_caches_bit_for_bit(tmp_pat
     section = section_of(
         tmp_path, input_tif=scene, tile_size=project.TILE, overlap=0.0, batch_size=3
     )
-    predict_scene(section, Segmenter(backbone, recorder).eval(), 3, CPU, QUIET)
+    predict(section, Segmenter(backbone, recorder).eval(), 3)
     plan = tiles(100, 150, project.TILE)
     assert len(recorder.seen) == len(plan) == 6
     for tile, features in zip(plan, recorder.seen, strict=True):
@@ -489,3 +383,86 @@ def test_a_segmenter_gives_the_heads_probabilities_in_float32(tmp_path):
     assert probabilities.dtype == torch.float32
     assert torch.equal(probabilities, wanted)
     assert torch.allclose(probabilities.sum(1), torch.ones(2, 64, 96), atol=1e-6)
+
+
+# ---- several scenes, several products, another gsd ----
+
+
+def write_scenes(folder, names):
+    for number, name in enumerate(names):
+        image, _ = project.land(50, 60, number)
+        project.write_scene(folder / f"{name}.tif", image, project.grid(50, 60))
+    return find_scenes(folder)[0]
+
+
+def test_several_scenes_go_to_a_folder_and_finished_ones_are_kept(tmp_path):
+    scenes = write_scenes(tmp_path / "in", ["a", "b", "2021/b"])
+    section = section_of(tmp_path, output_tif=tmp_path / "out", tile_size=32)
+    predict_scenes(section, scenes, Unlike(32, 3), trained_on(3), CPU, QUIET)
+    maps = sorted((tmp_path / "out").glob("*.tif"))
+    assert [path.name for path in maps] == ["2021__b.tif", "a.tif", "b.tif"]
+    maps[1].write_bytes(b"finished before")
+    network = Unlike(32, 3)
+    predict_scenes(section, scenes, network, trained_on(3), CPU, QUIET)
+    assert maps[1].read_bytes() == b"finished before"
+    assert network.tiles == 0
+
+
+def test_a_scene_that_cannot_be_read_stops_no_other_and_is_listed(tmp_path):
+    scenes = write_scenes(tmp_path / "in", ["a", "b", "c"])
+    whole = scenes[1].path.read_bytes()
+    scenes[1].path.write_bytes(whole[: len(whole) // 2])
+    section = section_of(tmp_path, output_tif=tmp_path / "out", tile_size=32)
+    with pytest.raises(InferenceError, match="1 of 3 scenes were not mapped: b"):
+        predict_scenes(section, scenes, Unlike(32, 3), trained_on(3), CPU, QUIET)
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tif")) == ["a.tif", "c.tif"]
+
+
+def test_probabilities_and_confidence_say_what_the_map_was_chosen_by(tmp_path):
+    image, _ = project.land(70, 90, seed=1)
+    image[:, :10, :10] = 0
+    project.write_scene(tmp_path / "scene.tif", image, project.grid(70, 90), nodata=0)
+    section = section_of(
+        tmp_path, tile_size=32, probabilities=tmp_path / "p.tif", confidence=tmp_path / "c.tif"
+    )
+    predict(section, Unlike(32, 3), 3)
+    classes, shares, winning = (
+        rasterio.open(tmp_path / name).read() for name in ("map.tif", "p.tif", "c.tif")
+    )
+    empty = classes[0] == 255
+    assert empty[:10, :10].all() and empty.sum() == 100
+    assert shares.shape == (3, 70, 90) and (shares[:, empty] == 255).all()
+    assert np.abs(shares[:, ~empty].sum(0).astype(int) - 250).max() <= 2
+    assert np.array_equal(shares.max(0)[~empty], winning[0][~empty])
+    best = np.sort(shares, 0)
+    clear = ~empty & (best[-1] > best[-2])
+    assert np.array_equal(shares.argmax(0)[clear], classes[0][clear])
+
+
+def test_at_another_gsd_the_map_lies_on_the_scenes_own_grid(tmp_path):
+    image, classes = project.land(64, 96, seed=1)
+    where = project.grid(64, 96)
+    project.write_scene(tmp_path / "scene.tif", image, where)
+
+    def brightest(pixels):
+        return torch.nn.functional.one_hot(pixels.argmax(1), 3).movedim(-1, 1).float()
+
+    section = section_of(tmp_path, tile_size=32)
+    gsd = 2 * abs(where.transform.a)
+    predict(section, brightest, 3, gsd=gsd)
+    with rasterio.open(tmp_path / "map.tif") as dataset:
+        found = dataset.read(1)
+        assert (dataset.shape, dataset.transform) == ((64, 96), where.transform)
+    blocks = image.reshape(3, 32, 2, 48, 2).astype(float).mean((2, 4))
+    wanted = np.repeat(np.repeat(np.rint(blocks).argmax(0), 2, 0), 2, 1)
+    assert np.mean(found == wanted) > 0.97  # a mean may round the other way
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".tif", ".tif", ".xml"]
+
+
+def test_polygons_come_with_the_map(tmp_path):
+    write_scene(tmp_path, 50, 60)
+    section = section_of(tmp_path, tile_size=32, polygons=tmp_path / "map.geojson")
+    predict(section, Unlike(32, 3), 3)
+    features = json.loads((tmp_path / "map.geojson").read_text())["features"]
+    assert {feature["properties"]["class_id"] for feature in features} <= {0, 1, 2}
+    assert features

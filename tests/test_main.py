@@ -23,6 +23,7 @@ from models import HEADS
 from models.backbone import write_random_backbone
 from utils.data import PrecomputedDataset
 from utils.distributed import Runtime
+from utils.process import one_line
 from utils.raster import open_raster, read_whole
 
 ONLY_TRAIN = ("prepare.enable=false", "verify.enable=false", "inference.enable=false")
@@ -103,15 +104,18 @@ def test_the_log_tells_the_story_of_a_run(finished):
         r"\[INFO\] prepare: started",
         r"\[INFO\] prepare: device: cpu, as configured",
         r"\[INFO\] prepare: .*backbone, blocks \[0, 1, 2, 3\], mean \[0\.485, 0\.456, 0\.406\]",
+        r"\[INFO\] prepare: bands \[1, 2, 3\], values 0\.\.255 become 0\.\.255",
         r"\[INFO\] prepare: scene north: 6 tiles, 0\.0% of pixels ignored",
-        r"\[INFO\] prepare: class shares 0: [\d.]+%, 1: [\d.]+%, 2: [\d.]+%",
-        r"\[INFO\] prepare: 1 scenes, 6 tiles made, 0 reused, 0 skipped without a label, .*",
+        r"\[INFO\] prepare: class shares class 0: [\d.]+%, class 1: [\d.]+%, .*",
+        r"\[INFO\] prepare: 1 scenes, 6 tiles made, 0 reused, .*",
         r"\[INFO\] prepare: finished in [\d.]+ s",
         r"\[INFO\] verify: started",
         r"\[INFO\] verify: 6 tiles checked, 0 deleted",
         r"\[INFO\] verify: finished in [\d.]+ s",
         r"\[INFO\] train: started",
-        r"\[INFO\] train: 4 tiles to train on, 2 to validate",
+        r"\[INFO\] train: train has \d tiles, class shares class 0: .*",
+        r"\[INFO\] train: val has \d tiles, class shares class 0: .*",
+        r"\[INFO\] train: the two sides are \d+ m apart, \d tiles dropped",
         r"\[INFO\] train: device: cpu, as configured",
         r"\[INFO\] train: linear, 0\.00 M parameters",
         r"\[INFO\] epoch 1/2: loss .* tiles/s",
@@ -527,7 +531,7 @@ def test_at_level_error_a_good_run_says_nothing(copy, capsys):
     ],
 )  # fmt: skip
 def test_an_error_is_told_without_its_traceback(text, wanted):
-    assert main.one_line(ValueError(text)) == wanted
+    assert one_line(ValueError(text)) == wanted
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX file names")

@@ -17,7 +17,9 @@ import yaml
 from rasterio import Affine
 from rasterio.windows import Window
 
+from config import Dataset
 from models.backbone import write_random_backbone
+from utils.label_values import label_rules
 from utils.labels import open_labels
 from utils.metrics import SegmentationMetrics
 from utils.raster import Grid, open_scene, read_whole
@@ -62,9 +64,10 @@ def mapped(folder, labels, num_classes, tile_size, **train) -> tuple[np.ndarray,
     config.write_text(yaml.safe_dump(project.merged(project.SETTINGS, settings)))
     assert project.run(config) == 0
     [classes] = read_whole(folder / "map.tif")
+    rules = label_rules(Dataset(), num_classes)
     with (
         open_scene(folder / "test.tif") as scene,
-        open_labels(labels, scene, num_classes, project.IGNORE) as source,
+        open_labels([labels], scene, rules) as source,
     ):
         return classes, source.read(Tile(0, 0, *classes.shape))
 
@@ -112,3 +115,63 @@ def test_a_map_of_land_cover_with_labels_of_another_datum_beats_the_majority_cla
     assert classes.shape == (1428, 282)
     assert set(np.unique(classes)) <= set(range(9))
     require_better_than_the_majority(classes, truth, 9)
+
+
+def test_a_scene_of_16_bits_and_four_bands_goes_in_as_it_is(tmp_path):
+    folder = Path(DATA, "zion-landsat8-nlcd")
+    write_random_backbone(tmp_path / "backbone", seed=0, **BACKBONE)
+    names = ["Water", "Developed", "Barren", "Forest", "Shrubland", "Herbaceous", "Cultivated"]
+    names.append("Wetlands")
+    settings = {
+        "paths": {"raw_images_dir": str(folder / "zion_landsat8.tif"),
+                  "label_path": str(folder / "nlcd.tif")},
+        "dataset": {
+            "bands": [3, 2, 1, 4],
+            "rgb": [3, 2, 1],
+            "splits": {"regions": str(folder / "splits.gpkg")},
+            "classes": [{"name": name, "values": [n]} for n, name in enumerate(names, start=1)],
+        },
+        "model": {"head": "linear"},
+        "prepare": {"tile_size": 48},
+        "train": {"epochs": 2},
+        "inference": {"input_tif": str(folder / "zion_landsat8.tif"), "tile_size": 96},
+    }  # fmt: skip
+    settings = project.merged(project.SETTINGS, settings)
+    del settings["model"]["num_classes"]
+    config = tmp_path / "config.yml"
+    config.write_text(yaml.safe_dump(settings))
+    assert project.run(config) == 0
+    with rasterio.open(tmp_path / "map.tif") as dataset:
+        assert dataset.crs == "EPSG:32612" and dataset.nodata == 255
+        assert set(np.unique(dataset.read(1))) <= set(range(8))
+    assert "<Category>Forest</Category>" in (tmp_path / "map.tif.aux.xml").read_text()
+
+
+def test_roofs_burnt_from_polygons_are_those_of_the_raster(tmp_path):
+    folder = Path(DATA, "banepa-buildings")
+    rules = label_rules(Dataset(), num_classes=2)
+    found = []
+    with open_scene(folder / "banepa_rgb.tif") as scene:
+        for name in ("buildings_osm.geojson", "buildings_mask.tif"):
+            with open_labels([folder / name], scene, rules) as labels:
+                found.append(labels.read(Tile(0, 0, scene.grid.height, scene.grid.width)))
+    assert np.mean(found[0] != found[1]) <= 0.001
+
+
+def test_text_attributes_of_a_geopackage_become_classes(tmp_path):
+    folder = Path(DATA, "nb-aerial-multiclass")
+    classes = [{"name": "background"}]
+    names = ("vegetation", "water", "road", "building")
+    classes += [{"name": name, "values": [str(n)]} for n, name in enumerate(names, start=1)]
+    dataset = Dataset.model_validate(
+        {"classes": classes, "labels": {"attribute": "Quatreclasses"}}
+    )
+    rules = label_rules(dataset, num_classes=5)
+    [path] = folder.glob("*2of2.tif")
+    with (
+        open_scene(path) as scene,
+        open_labels([folder / "BakerLake_2017_clipped.gpkg"], scene, rules) as labels,
+    ):
+        label = labels.read(Tile(0, 0, 512, 512))  # larger than the scene
+    assert set(np.unique(label)) == {0, 1, 2, 3, 4, 255}
+    assert (label[482:] == 255).all() and (label[:, 326:] == 255).all()

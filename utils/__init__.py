@@ -1,17 +1,34 @@
 """The rooms of the pipeline; each name is imported from the module that owns it.
 
 tiling       integer geometry of tiles: origins, the part of a tile that is its own
-raster       scenes: opening, masks, windows, GeoTIFF output
-labels       label rasters on a scene's grid
-data         the tile cache: prepare, verify, splits, augmentation, loading
+raster       one raster on disk: grids, masks, windows, scenes read tile by tile
+scenes       which files are scenes, which bands are read, what their values mean
+vectors      polygons on disk
+burning      polygons burnt on a grid, window by window
+label_values what raster values and attributes mean
+labels       label rasters and polygons on a scene's grid
+cache        the tile cache on disk: manifest, tile files, what makes one sound
+prepare      scenes and labels → cached tiles
+data         verify, augmentation, loading
+footprints   where tiles lie on the ground
+blocks       blocks of ground to hold out
+splits       sides by lists, regions or blocks, and their audit
+sampling     the order in which tiles are drawn
 losses       CE + Dice over labelled pixels
 metrics      confusion matrix → IoU and Dice
 optim        Muon + AdamW in one optimizer, OneCycle, early stopping
 engine       the training loop
-inference    sliding windows, flips and blending, streamed from disk to disk
+blending     overlapping tiles → one field of probabilities
+inference    scenes → maps, streamed from disk to disk
+maps         maps on disk: COG, colours, names, tags
+ground       a grid's pixels on the Earth: metres, true areas
+regions      the connected regions of a map, and their sieve
+polygons     maps as polygons
 checkpoint   weights with everything needed to use them again
 distributed  ranks, devices, sharing of work
 logging      messages, timed blocks, progress
+process      threads, signals, exit codes
+strict_yaml, key_faults, key_rules    what config.py checks files with
 landscape    a synthetic countryside with its exact class map
 demo         a self-contained demo project, and the report on its map
 """

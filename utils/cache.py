@@ -1,6 +1,6 @@
 """The tile cache on disk: what it is (manifest.json) and one `.pt` file per tile.
 
-A tile's file holds `{image, features, label}`: image (3, S, S) uint8 as read from the scene,
+A tile's file holds `{image, features, label}`: image (bands, S, S) uint8 as read and scaled,
 features a list of (channels, S/16, S/16) half-precision maps, label (S, S) class ids. The manifest
 says how they were made; a cache made in another way is refused, not mixed.
 """
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 FEATURE_DTYPE = torch.float16
 # what torch and zipfile raise on bytes that are not what torch.save wrote
 DAMAGE = (
@@ -47,8 +47,9 @@ class TileError(Exception):
 class Manifest:
     """What a cache is.
 
-    labels and scenes identify the files read (bytes and modification time); tiles counts the files
-    per scene once prepare is done, until when `complete` is false.
+    ranges are the values that become 0 and 255 in each of the bands; rgb the places among the bands
+    that the backbone sees; labels and scenes identify the files read (bytes, modification time);
+    tiles holds the labelled pixels per class of each tile, once prepare is done and `complete`.
     """
 
     backbone: str
@@ -59,14 +60,24 @@ class Manifest:
     patch_size: int
     image_mean: list[float]
     image_std: list[float]
+    bands: list[int]
+    rgb: list[int]
+    ranges: list[list[float]]
+    nodata: float | None
+    gsd: float | None
     precision: str
     tile_size: int
     feature_dtype: str
     num_classes: int
     ignore_index: int
-    labels: dict[str, Any]
-    scenes: dict[str, dict[str, int]] = field(default_factory=dict)
-    tiles: dict[str, int] = field(default_factory=dict)
+    label_rules: dict[str, Any]
+    filters: dict[str, float]
+    labels: dict[str, dict[str, int]]
+    class_names: list[str]
+    class_colors: list[list[int]]
+    ground_gsd: float | None = None
+    scenes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tiles: dict[str, list[int]] = field(default_factory=dict)
     complete: bool = False
     format: int = FORMAT
 
@@ -77,7 +88,9 @@ class Manifest:
 
 
 # what may differ between a cache and the run that goes on with it
-PROGRESS = {"backbone", "scenes", "tiles", "complete"}
+PROGRESS = {
+    "backbone", "scenes", "tiles", "complete", "ground_gsd", "class_names", "class_colors",
+}  # fmt: skip
 KEYS = {
     "backbone_hash": "model.backbone",
     "layers": "model.layers",
@@ -88,6 +101,13 @@ KEYS = {
     "num_classes": "model.num_classes",
     "ignore_index": "dataset.ignore_index",
     "labels": "paths.label_path",
+    "bands": "dataset.bands",
+    "rgb": "dataset.rgb",
+    "ranges": "dataset.input_range",
+    "nodata": "dataset.nodata",
+    "gsd": "dataset.gsd",
+    "label_rules": "dataset.classes and dataset.labels",
+    "filters": "prepare.min_valid, min_labeled, background_keep",
 }
 
 
@@ -127,23 +147,37 @@ def claim(wanted: Manifest, folder: Path) -> Manifest:
     ours, theirs = asdict(wanted), asdict(found)
     for name in ours:
         if name not in PROGRESS and ours[name] != theirs[name]:
+            made, given = differing(theirs[name], ours[name])
             raise CacheError(
-                f"{folder}: this cache was made with {name} {short(theirs[name])}, this run has "
-                f"{short(ours[name])} ({KEYS.get(name, name)}); set it back, delete the folder, "
+                f"{folder}: this cache was made with {name} {short(made)}, this run has "
+                f"{short(given)} ({KEYS.get(name, name)}); set it back, delete the folder, "
                 "or name another paths.processed_dir"
             )
-    return found
+    return replace(found, class_names=wanted.class_names, class_colors=wanted.class_colors)
+
+
+def differing(first: Any, second: Any) -> tuple[Any, Any]:
+    """Two values; of dicts only the entries that are not alike.
+
+    >>> differing({"unlisted": "error", "nodata": "auto"}, {"unlisted": "ignore", "nodata": "auto"})
+    ({'unlisted': 'error'}, {'unlisted': 'ignore'})
+    """
+    if not (isinstance(first, dict) and isinstance(second, dict)):
+        return first, second
+    odd = {key for key in first | second if first.get(key) != second.get(key)}
+    return tuple({key: each[key] for key in each if key in odd} for each in (first, second))
 
 
 def short(value: Any) -> str:
-    """A value for a message: hashes and long lists cut.
+    """A value for a message: hashes and long texts cut.
 
     >>> short("0123456789abcdef0123"), short([2, 5, 8, 11])
     ('0123456789ab...', '[2, 5, 8, 11]')
     """
     text = str(value)
     is_hash = isinstance(value, str) and len(text) > 16
-    return f"{text[:12]}..." if is_hash else text
+    most = 12 if is_hash else 200
+    return f"{text[:most]}..." if len(text) > most else text
 
 
 def scene_of(name: str) -> str:
@@ -224,7 +258,7 @@ def check_layout(name: str, content: Any, manifest: Manifest) -> None:
     if not isinstance(content, dict) or set(content) != {"image", "features", "label"}:
         raise TileError(f"{name}: keys are not image, features, label")
     size, cells = manifest.tile_size, manifest.tile_size // manifest.patch_size
-    _check_tensor(name, "image", content["image"], (3, size, size), torch.uint8)
+    _check_tensor(name, "image", content["image"], (len(manifest.bands), size, size), torch.uint8)
     _check_tensor(name, "label", content["label"], (size, size), manifest.label_dtype)
     levels = content["features"]
     if not isinstance(levels, list) or len(levels) != len(manifest.layers):
@@ -245,7 +279,7 @@ def _check_tensor(
         raise TileError(f"{name}: {part} is {what}, expected {shape} {dtype}")
 
 
-def drop_changed(found: Manifest, scenes: dict[str, dict[str, int]], folder: Path) -> list[str]:
+def drop_changed(found: Manifest, scenes: dict[str, dict[str, Any]], folder: Path) -> list[str]:
     """Delete the tiles of scenes that changed since they were cached; return those scenes.
 
     A scene that the manifest does not know may have tiles too: it was taken away and came back.

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from config import Model
+from config import Config, Dataset
 from utils.cache import DAMAGE
 from utils.distributed import precision_of
 from utils.logging import VerbosityLogger
 
-FORMAT = 1
+FORMAT = 2
 
 
 class CheckpointError(Exception):
@@ -33,7 +33,8 @@ class Checkpoint:
 
     head, num_classes, channels and levels rebuild the network; backbone, backbone_hash, layers,
     norm, image_mean, image_std, patch_size, tile_size and precision say which features it was
-    trained on; config is the run's resolved YAML, metrics the validation scores of `epoch`.
+    trained on; bands, rgb, ranges, nodata and gsd how scenes are read; class_names and class_colors
+    what a map shows; config is the run's resolved YAML, metrics the validation scores of `epoch`.
     """
 
     head: str
@@ -49,11 +50,25 @@ class Checkpoint:
     patch_size: int
     tile_size: int
     precision: str
+    bands: list[int]
+    rgb: list[int]
+    ranges: list[list[float]]
+    nodata: float | None
+    gsd: float | None
+    ground_gsd: float | None
+    class_names: list[str]
+    class_colors: list[list[int]]
     ignore_index: int
     epoch: int
     metrics: dict[str, Any]
     config: str
     state: dict[str, Tensor]
+
+    @property
+    def rgb_bands(self) -> list[int]:
+        """The numbers of the bands that the backbone sees: three, or one."""
+        chosen = [self.bands[place] for place in self.rgb]
+        return chosen[:1] if len(set(chosen)) == 1 else chosen
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
@@ -110,26 +125,47 @@ def plain_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def require_fit(
-    path: Path, checkpoint: Checkpoint, section: Model, backbone: Any, device: torch.device,
+    path: Path, checkpoint: Checkpoint, config: Config, backbone: Any, device: torch.device,
     log: VerbosityLogger,
 ) -> None:  # fmt: skip
     """Refuse a checkpoint that was made for other features or another head than this run has."""
-    spec = backbone.spec
+    spec, data = backbone.spec, config.dataset
     wanted = {
-        "head": section.head,
-        "num_classes": section.num_classes,
+        "head": config.model.head,
+        "num_classes": config.model.num_classes,
+        "rgb": list(spec.rgb),
         "layers": list(spec.layers),
         "norm": spec.norm,
         "image_mean": list(spec.image_mean),
         "image_std": list(spec.image_std),
         "backbone_hash": backbone.weights_hash,
     }
+    stated = {
+        "bands": data.bands and list(data.bands),
+        "ranges": stated_ranges(data, len(checkpoint.bands)),
+        "nodata": data.nodata,
+        "gsd": data.gsd,
+    }
+    wanted |= {key: value for key, value in stated.items() if value is not None}
     require_equal(path, {key: getattr(checkpoint, key) for key in wanted}, wanted)
     if checkpoint.precision != precision_of(device):
         log.warning(
             f"{path}: trained on features of {checkpoint.precision}, this device computes "
             f"{precision_of(device)}; maps may differ slightly"
         )
+
+
+def stated_ranges(section: Dataset, bands: int) -> list[list[float]] | None:
+    """The range of each band, where `dataset.input_range` has numbers.
+
+    >>> stated_ranges(Dataset(input_range=(0, 3000)), bands=2), stated_ranges(Dataset(), bands=2)
+    ([[0.0, 3000.0], [0.0, 3000.0]], None)
+    """
+    wanted = section.input_range
+    if isinstance(wanted, str):
+        return None
+    pairs = wanted if isinstance(wanted[0], tuple) else (wanted,) * bands
+    return [list(pair) for pair in pairs]
 
 
 def require_equal(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

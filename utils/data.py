@@ -15,6 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
@@ -31,15 +32,17 @@ from utils.cache import (
     tile_path,
 )
 from utils.distributed import Runtime
+from utils.footprints import footprints, write_sides
 from utils.logging import VerbosityLogger
-from utils.splits import Split, split_by_blocks, split_by_lists
+from utils.sampling import balanced_order
+from utils.splits import Split, audit, split_by_blocks, split_by_lists, split_by_regions
 
 
 class Sample(NamedTuple):
     """One tile, or after collation a batch of them.
 
-    image (3, S, S) uint8 as stored; features one (channels, S/16, S/16) half map per level; label
-    (S, S) class ids. A batch has a leading axis in each tensor and a list of names.
+    image (bands, S, S) uint8 as stored; features one (channels, S/16, S/16) half map per level;
+    label (S, S) class ids. A batch has a leading axis in each tensor and a list of names.
     """
 
     image: Tensor
@@ -117,14 +120,14 @@ class Turn:
         return torch.rot90(tensor.flip(axes), self.quarters, (-2, -1))
 
 
-def draw_turn(settings: Augmentations, seed: int, epoch: int, index: int) -> Turn:
-    """The turn of a tile in an epoch: the same for the same numbers, on any rank and worker.
+def draw_turn(settings: Augmentations, seed: int, visit: int, index: int) -> Turn:
+    """The turn of a tile at a visit: the same for the same numbers, on any rank and worker.
 
     >>> off = Augmentations(hflip=False, vflip=False, rotate90=False)
-    >>> draw_turn(off, seed=0, epoch=3, index=7)
+    >>> draw_turn(off, seed=0, visit=3, index=7)
     Turn(hflip=False, vflip=False, quarters=0)
     """
-    dice = random.Random(f"{seed} {epoch} {index}")
+    dice = random.Random(f"{seed} {visit} {index}")
     hflip, vflip, quarters = dice.random() < 0.5, dice.random() < 0.5, dice.randrange(4)
     if not settings.enable:
         return Turn(False, False, 0)
@@ -136,8 +139,9 @@ def draw_turn(settings: Augmentations, seed: int, epoch: int, index: int) -> Tur
 class PrecomputedDataset(Dataset[Sample]):
     """Cached tiles as samples.
 
-    An index past the length is a later epoch's visit to the same tile: `epoch * len + position`, so
-    that worker processes need not be told the epoch. augmentations: None for validation.
+    An index past the length is a later visit to the same tile: `visit * len + position`, so that
+    worker processes need not be told the epoch. A negative index, -1 less the tile's own, is the
+    tile without a label. augmentations: None for validation.
     """
 
     def __init__(
@@ -146,17 +150,20 @@ class PrecomputedDataset(Dataset[Sample]):
         names: Sequence[str],
         augmentations: Augmentations | None = None,
         seed: int = 0,
+        ignore_index: int = 255,
     ) -> None:
         self.folder = folder
         self.names = list(names)
         self.augmentations = augmentations
         self.seed = seed
+        self.ignore_index = ignore_index
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> Sample:
-        epoch, position = divmod(index, len(self.names))
+        weighs = index >= 0
+        visit, position = divmod(index if weighs else -1 - index, len(self.names))
         name = self.names[position]
         path = tile_path(self.folder, name)
         try:
@@ -167,55 +174,79 @@ class PrecomputedDataset(Dataset[Sample]):
                 f"{path}: missing or damaged ({error}); run prepare and verify again"
             ) from error
         if self.augmentations is not None:
-            turn = draw_turn(self.augmentations, self.seed, epoch, position)
+            turn = draw_turn(self.augmentations, self.seed, visit, position)
             features = [turn.apply(level).contiguous() for level in features]
             image, label = turn.apply(image).contiguous(), turn.apply(label).contiguous()
+        if not weighs:
+            label = torch.full_like(label, self.ignore_index)
         return Sample(image, features, label, name)
 
 
+def uniform_order(length: int, seed: int, epoch: int) -> list[int]:
+    """Every tile once, in an order of the epoch's own.
+
+    >>> sorted(uniform_order(4, seed=0, epoch=1))
+    [0, 1, 2, 3]
+    """
+    order = list(range(length))
+    random.Random(f"{seed} {epoch}").shuffle(order)
+    return order
+
+
 class EpochSampler(Sampler[int]):
-    """A rank's share of each epoch's seeded order, as indices of PrecomputedDataset.
+    """A rank's share of each epoch's order, as indices of PrecomputedDataset.
 
-    Step s of all ranks together is the same set of tiles that one process with the global batch
-    would take. The order is padded from its start to a multiple of the ranks.
+    order: tile positions by epoch, `length` of them among `tiles`. Step s of all ranks together is
+    the same set of tiles that one process with the global batch would take. Ranks that come too
+    short take a tile again that weighs nothing: a negative index, one less than minus its own.
 
-    >>> sampler = EpochSampler(length=4, seed=0, rank=0, world_size=2)
-    >>> len(sampler), sorted(index % 4 for index in sampler) != []
-    (2, True)
+    >>> sampler = EpochSampler(lambda epoch: [2, 0, 1], length=3, tiles=3, rank=1, world_size=2)
+    >>> list(sampler)            # step 1, tile 0; then tile 2 again, as step 3 and unlabelled
+    [3, -12]
     """
 
-    def __init__(self, length: int, seed: int, rank: int, world_size: int) -> None:
-        self.length, self.seed, self.rank, self.world_size = length, seed, rank, world_size
+    def __init__(
+        self, order: Callable[[int], list[int]], length: int, tiles: int, rank: int, world_size: int
+    ) -> None:
+        self.order, self.length, self.tiles = order, length, tiles
+        self.rank, self.world_size = rank, world_size
         self.epoch = 0
 
     def __len__(self) -> int:
         return -(-self.length // self.world_size)
 
     def __iter__(self) -> Iterator[int]:
-        order = list(range(self.length))
-        random.Random(f"{self.seed} {self.epoch}").shuffle(order)
-        while len(order) < len(self) * self.world_size:
-            order += order[: len(self) * self.world_size - len(order)]
-        for position in order[self.rank :: self.world_size]:
-            yield self.epoch * self.length + position
+        order = self.order(self.epoch)
+        for step in range(self.rank, len(self) * self.world_size, self.world_size):
+            visit = self.epoch * self.length + step  # a tile drawn twice is not turned alike
+            index = visit * self.tiles + order[step % self.length]
+            yield index if step < self.length else -1 - index
 
 
 def load_split(
-    section: Train, lists: Splits, seed: int, log: VerbosityLogger
+    section: Train, lists: Splits, seed: int, run: Runtime, log: VerbosityLogger
 ) -> tuple[Manifest, Split]:
     """The cache that training reads and the two sides of its tiles."""
     folder = section.processed_dir
     manifest = read_manifest(folder)
     if not manifest.complete:
         raise CacheError(f"{folder}: prepare did not finish here; run it again")
-    names = tile_names(folder, manifest)
-    if (missing := sum(manifest.tiles.values()) - len(names)) > 0:
+    names = [name for name in tile_names(folder, manifest) if name in manifest.tiles]
+    if missing := len(manifest.tiles) - len(names):
         log.warning(f"train: {missing} tiles of {folder} are missing; prepare makes them again")
-    if lists.train_list is not None and lists.val_list is not None:
-        split = split_by_lists(names, lists.train_list, lists.val_list)
+    if not names:
+        raise CacheError(f"{folder}: holds no tile; run prepare again")
+    places = footprints(names, manifest)
+    counts = np.array([manifest.tiles[name] for name in names])
+    if lists.regions is not None:
+        split = split_by_regions(places, lists.regions, log)
+    elif lists.train_list is not None and lists.val_list is not None:
+        split = split_by_lists(places, lists.train_list, lists.val_list)
     else:
-        split = split_by_blocks(names, section.val_fraction, seed)
-    log.info(f"train: {len(split.train)} tiles to train on, {len(split.val)} to validate")
+        split = split_by_blocks(places, counts, section.val_fraction, lists, seed)
+    audit(split, places, counts, manifest.class_names, log)
+    if run.is_main:
+        write_sides(folder / "splits.geojson", places, split.sides(), manifest.tiles)
     return manifest, split
 
 
@@ -228,13 +259,20 @@ class Loaders(NamedTuple):
 
 
 def make_loaders(
-    split: Split, section: Train, augmentations: Augmentations, seed: int, run: Runtime
-) -> Loaders:
+    split: Split, manifest: Manifest, section: Train, augmentations: Augmentations, seed: int,
+    run: Runtime,
+) -> Loaders:  # fmt: skip
     """This rank's loaders: as many training batches as any rank, a share of the validation."""
     folder = section.processed_dir
-    train = PrecomputedDataset(folder, split.train, augmentations, seed)
+    train = PrecomputedDataset(
+        folder, split.train, augmentations, seed, manifest.ignore_index
+    )
     val = PrecomputedDataset(folder, split.val)
-    sampler = EpochSampler(len(train), seed, run.rank, run.world_size)
+    order = partial(uniform_order, len(train), seed)
+    if section.sampler == "balanced":
+        counts = torch.tensor([manifest.tiles[name] for name in split.train])
+        order = partial(balanced_order, counts, len(train), seed)
+    sampler = EpochSampler(order, len(train), len(train), run.rank, run.world_size)
     shared = {
         "batch_size": section.batch_size,
         "num_workers": section.num_workers,

@@ -56,7 +56,13 @@ paths:
 model:
   backbone: ./backbone            # random weights in the DINOv3 format
   head: unet_v2
-  num_classes: 5                  # field, wood, road, building, water
+dataset:
+  classes:                        # in the order of their ids; a map shows these names and colors
+    - {name: field, values: [0], color: "#d6c47a"}
+    - {name: wood, values: [1], color: "#2e5e32"}
+    - {name: road, values: [2], color: "#787880"}
+    - {name: building, values: [3], color: "#c43c30"}
+    - {name: water, values: [4], color: "#3468aa"}
 prepare:
   enable: true
   tile_size: 256

@@ -8,7 +8,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -111,6 +111,18 @@ class Runtime:
         if self.world_size > 1:
             for buffer in module.buffers():
                 dist.broadcast(buffer, src=0)
+
+    def gather(self, value: Item) -> list[Item]:
+        """Every rank's value, in the order of the ranks, on each of them.
+
+        >>> Runtime().gather("tiles")
+        ['tiles']
+        """
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def agree(self, value: float) -> float:
         """The first rank's value, on every rank."""

@@ -8,7 +8,7 @@ import csv
 import io
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +22,10 @@ from utils.cache import Manifest
 from utils.checkpoint import Checkpoint, plain_state, save_checkpoint
 from utils.data import Loaders, Sample
 from utils.distributed import Runtime, autocast
-from utils.losses import SegmentationLoss
+from utils.losses import SegmentationLoss, balanced_weights
 from utils.metrics import Score, SegmentationMetrics
 from utils.optim import EarlyStopping, build_optimizer, build_schedule
-from utils.prepare import batched
+from utils.tiling import batched
 
 Save = Callable[[nn.Module, int, Score], Path]
 
@@ -61,7 +61,7 @@ class Step:
 
     def __init__(
         self, head: nn.Module, normalize: nn.Module, section: Train, manifest: Manifest, steps: int,
-        run: Runtime, device: torch.device,
+        run: Runtime, device: torch.device, class_weights: Sequence[float] | None = None,
     ) -> None:  # fmt: skip
         self.run, self.device, self.section = run, device, section
         self.head = head.to(device)
@@ -69,7 +69,8 @@ class Step:
         weights = section.loss
         self.loss = SegmentationLoss(
             manifest.num_classes, weights.ce_weight, weights.dice_weight, weights.aux_weight,
-            manifest.ignore_index,
+            manifest.ignore_index, class_weights=class_weights, focal_gamma=weights.focal_gamma,
+            label_smoothing=weights.label_smoothing,
         )  # fmt: skip
         self.optimizer = build_optimizer(
             head, head.edge_parameters(), section.muon_lr, section.adamw_lr, section.momentum,
@@ -190,7 +191,8 @@ def fit(
 ) -> Best:  # fmt: skip
     """Train until the epochs are over or `patience` of them brought no better validation mIoU."""
     windows = math.ceil(len(loaders.train) / section.grad_accum_steps)
-    step = Step(head, normalize, section, manifest, section.epochs * windows, run, device)
+    weights = class_weights_of(section, manifest, loaders)
+    step = Step(head, normalize, section, manifest, section.epochs * windows, run, device, weights)
     stopping = EarlyStopping(section.patience)
     history: list[dict[str, float]] = []
     best = None
@@ -213,6 +215,17 @@ def fit(
         raise DivergedError("no epoch had a validation mIoU; the validation tiles show no class")
     run.wait()
     return best
+
+
+def class_weights_of(
+    section: Train, manifest: Manifest, loaders: Loaders
+) -> Sequence[float] | None:
+    """Weights of the classes in the cross-entropy: none, given, or from the training tiles."""
+    wanted = section.loss.class_weights
+    if wanted == "auto":
+        names = loaders.train.dataset.names
+        return balanced_weights(torch.tensor([manifest.tiles[name] for name in names]).sum(0))
+    return None if wanted == "none" else wanted
 
 
 def epoch_line(epoch: int, epochs: int, losses: TrainLosses, score: Score, better: bool) -> str:
@@ -281,6 +294,14 @@ def keep_best(path: Path, head_name: str, manifest: Manifest, config_text: str) 
             patch_size=manifest.patch_size,
             tile_size=manifest.tile_size,
             precision=manifest.precision,
+            bands=manifest.bands,
+            rgb=manifest.rgb,
+            ranges=manifest.ranges,
+            nodata=manifest.nodata,
+            gsd=manifest.gsd,
+            ground_gsd=manifest.ground_gsd,
+            class_names=manifest.class_names,
+            class_colors=manifest.class_colors,
             ignore_index=manifest.ignore_index,
             epoch=epoch,
             metrics={

@@ -1,10 +1,10 @@
-"""Inference: a scene of any size to a class map, streamed by windows from disk to disk.
+"""Inference: scenes of any size to class maps, streamed by windows from disk to disk."""
 
-Overlapping tiles are blended as probabilities: P(y, x) = Σ w·p / Σ w over the tiles that cover a
-pixel, w a Hann window that is nowhere zero. Memory holds one band of rows, whatever the height.
-"""
-
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,104 +13,82 @@ import torch
 from torch import Tensor
 
 from config import TTA, Inference
+from utils.blending import Blend, Rows
+from utils.checkpoint import Checkpoint
 from utils.distributed import autocast
 from utils.logging import VerbosityLogger
-from utils.prepare import batched
-from utils.raster import MapWriter, Scene, map_nodata, open_scene
-from utils.tiling import Tile, origins, stride_of, tiles
+from utils.maps import (
+    Content,
+    Legend,
+    MapWriter,
+    class_map,
+    confidence_map,
+    map_nodata,
+    probability_map,
+    share_bytes,
+)
+from utils.polygons import write_polygons
+from utils.raster import Grid, RasterError, Reading, Scene, ground_gsd, open_scene, rows_on
+from utils.scenes import SceneFile
+from utils.tiling import Tile, batched, tiles
 
 Segment = Callable[[Tensor], Tensor]
+Flip = tuple[bool, bool, int]  # mirror columns, mirror rows, quarter turns
+GSD_RATIO = 1.5  # a scene's metres per pixel to the training scenes': beyond, a warning
 
 
-def views(tta: TTA) -> list[tuple[int, ...]]:
-    """Axes to flip, one entry per view of a tile; the first is the tile as it is.
+class InferenceError(Exception):
+    """Scenes that could not be mapped; the others were."""
+
+    exit_code = 3
+
+
+def views(tta: TTA) -> list[Flip]:
+    """The ways to lay a tile, the first as it is: flips, and quarter turns of each.
+
+    A flip in both axes is a half turn, so with both flips quarter turns make eight views, not more.
 
     >>> views(TTA(horizontal_flip=True, vertical_flip=True))
-    [(), (-1,), (-2,), (-2, -1)]
+    [(False, False, 0), (True, False, 0), (False, True, 0), (True, True, 0)]
+    >>> len(views(TTA(horizontal_flip=True, vertical_flip=True, rotate90=True)))
+    8
     """
-    rows = [(), (-2,)] if tta.vertical_flip else [()]
-    cols = [(), (-1,)] if tta.horizontal_flip else [()]
-    return [row + col for row in rows for col in cols]
+    cols = (False, True) if tta.horizontal_flip else (False,)
+    rows = (False, True) if tta.vertical_flip else (False,)
+    turns = (0, 1, 2, 3) if tta.rotate90 else (0,)
+    found: dict[bytes, Flip] = {}
+    for turn in turns:
+        for row in rows:
+            for col in cols:
+                laid = lay(torch.arange(4).view(2, 2), (col, row, turn))
+                found.setdefault(laid.numpy().tobytes(), (col, row, turn))
+    return list(found.values())
 
 
-def mean_of_views(segment: Segment, pixels: Tensor, flips: Sequence[tuple[int, ...]]) -> Tensor:
-    """Probabilities (B, K, H, W) averaged over flipped views, each flipped back."""
-    total = sum(segment(pixels.flip(axes)).flip(axes) for axes in flips)
+def lay(tensor: Tensor, flip: Flip) -> Tensor:
+    """A tensor (..., rows, cols) mirrored, then turned.
+
+    >>> lay(torch.tensor([[1, 2], [3, 4]]), (True, False, 1)).tolist()
+    [[1, 3], [2, 4]]
+    """
+    axes = [axis for axis, wanted in ((-1, flip[0]), (-2, flip[1])) if wanted]
+    return torch.rot90(tensor.flip(axes), flip[2], (-2, -1))
+
+
+def lay_back(tensor: Tensor, flip: Flip) -> Tensor:
+    """The inverse of `lay`.
+
+    >>> lay_back(lay(torch.tensor([[1, 2], [3, 4]]), (True, False, 1)), (True, False, 1)).tolist()
+    [[1, 2], [3, 4]]
+    """
+    axes = [axis for axis, wanted in ((-1, flip[0]), (-2, flip[1])) if wanted]
+    return torch.rot90(tensor, -flip[2], (-2, -1)).flip(axes)
+
+
+def mean_of_views(segment: Segment, pixels: Tensor, flips: Sequence[Flip]) -> Tensor:
+    """Probabilities (B, K, S, S) averaged over the views, each laid back."""
+    total = sum(lay_back(segment(lay(pixels, flip)), flip) for flip in flips)
     return total / len(flips)
-
-
-def hann(size: int) -> Tensor:
-    """A window over one axis, sampled at pixel centres, so that no weight is zero.
-
-    >>> hann(4).round(decimals=4).tolist()
-    [0.1464, 0.8536, 0.8536, 0.1464]
-    """
-    centres = (torch.arange(size, dtype=torch.float64) + 0.5) / size
-    return torch.sin(torch.pi * centres) ** 2
-
-
-def axis_weights(length: int, size: int, stride: int) -> dict[int, Tensor]:
-    """Each tile's weights along one axis, by its start, divided by the sum at each pixel.
-
-    The weight of a pixel in a tile is the product of its row's and its column's; since tiles lie on
-    a full grid, so is the sum over tiles, and the products of these quotients add up to 1.
-
-    >>> {start: w.tolist() for start, w in axis_weights(3, size=2, stride=1).items()}
-    {0: [1.0, 0.5], 1: [0.5, 1.0]}
-    """
-    starts = origins(length, size, stride)
-    total = torch.zeros(max(length, size), dtype=torch.float64)
-    for start in starts:
-        total[start : start + size] += hann(size)
-    return {start: (hann(size) / total[start : start + size]).float() for start in starts}
-
-
-class Blend:
-    """The sum of weighted probabilities over a band of rows, one tile high.
-
-    Tiles come row by row. When one starts lower than the band, the rows above it are finished: they
-    leave as class ids, and the rest of the band moves up.
-    """
-
-    def __init__(
-        self, height: int, width: int, size: int, overlap: float, num_classes: int,
-        device: torch.device,
-    ) -> None:  # fmt: skip
-        stride = stride_of(size, overlap)
-        self.height, self.width, self.top = height, width, 0
-        self.nodata = map_nodata(num_classes)
-        row_weights, col_weights = (axis_weights(n, size, stride) for n in (height, width))
-        self._rows = {start: w.to(device)[:, None] for start, w in row_weights.items()}
-        self._cols = {start: w.to(device) for start, w in col_weights.items()}
-        self._sums = torch.zeros(num_classes, size, max(width, size), device=device)
-        self._valid = np.zeros((size, max(width, size)), bool)
-
-    def feed(self, tile: Tile, probabilities: Tensor | None, valid: np.ndarray) -> np.ndarray:
-        """Add a tile; returns the rows (n, width) that are finished by now, n often 0.
-
-        probabilities: (K, size, size) on the device, or None for a tile without a valid pixel.
-        """
-        finished = self.finish(tile.row)
-        cols = slice(tile.col, tile.col + tile.width)
-        if probabilities is not None:
-            weights = self._rows[tile.row] * self._cols[tile.col]
-            self._sums[:, :, cols].addcmul_(probabilities, weights)
-        self._valid[:, cols] |= valid
-        return finished
-
-    def finish(self, row: int) -> np.ndarray:
-        """The class ids of the rows above `row` that have not left yet; nodata where not valid."""
-        count = min(row, self.height) - self.top
-        classes = self._sums[:, :count, : self.width].argmax(0).cpu().numpy()
-        classes[~self._valid[:count, : self.width]] = self.nodata
-        if count:
-            kept = self._sums.shape[1] - count
-            self._sums[:, :kept] = self._sums[:, count:].clone()
-            self._sums[:, kept:] = 0
-            self._valid[:kept] = self._valid[count:].copy()
-            self._valid[kept:] = False
-            self.top += count
-        return classes
 
 
 class Prediction(NamedTuple):
@@ -137,29 +115,207 @@ def predict_tiles(
             yield Prediction(tile, found.get(number), read.valid)
 
 
+def classes_of(rows: Rows) -> np.ndarray:
+    """The most probable class of each pixel, nodata where not valid."""
+    classes = rows.probabilities.argmax(0).cpu().numpy()
+    classes[~rows.valid] = map_nodata(len(rows.probabilities))
+    return classes
+
+
+def shares_of(rows: Rows) -> np.ndarray:
+    """The probability of each class as bytes, (classes, n, width)."""
+    return share_bytes(rows.probabilities.clamp(0, 1).cpu().numpy(), rows.valid)
+
+
+def confidence_of(rows: Rows) -> np.ndarray:
+    """The winning class's probability as bytes, (n, width)."""
+    return share_bytes(rows.probabilities.amax(0).clamp(0, 1).cpu().numpy(), rows.valid)
+
+
+class Product(NamedTuple):
+    """One raster to write: where, what its bands are, and how they come from finished rows."""
+
+    path: Path
+    content: Content
+    of: Callable[[Rows], np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What inference needs to know of the weights: how to read scenes, what classes are called."""
+
+    legend: Legend
+    reading: Reading
+    gsd: float | None
+    tags: Mapping[str, str]
+
+
+def trained_as(checkpoint: Checkpoint, path: Path, section: Inference) -> Trained:
+    """How a checkpoint's head was trained, and what a map says of where it comes from."""
+    colors = tuple(tuple(color) for color in checkpoint.class_colors)
+    settings = section.model_dump(mode="json", include={"tile_size", "overlap", "blend", "tta"})
+    tags = {
+        "DINOV3SEG_CLASSES": json.dumps(checkpoint.class_names, ensure_ascii=False),
+        "DINOV3SEG_HEAD": checkpoint.head,
+        "DINOV3SEG_BACKBONE": checkpoint.backbone,
+        "DINOV3SEG_CHECKPOINT_SHA256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "DINOV3SEG_SETTINGS": json.dumps(settings),
+    }
+    reading = Reading(
+        tuple(checkpoint.bands),
+        tuple((low, high) for low, high in checkpoint.ranges),
+        checkpoint.nodata,
+        checkpoint.gsd,
+    )
+    legend = Legend(tuple(checkpoint.class_names), colors)
+    return Trained(legend, reading, checkpoint.ground_gsd, tags)
+
+
+def products_of(section: Inference, name: str, several: bool, legend: Legend) -> list[Product]:
+    """The rasters to write for a scene; with several scenes the configured paths are folders."""
+    wanted = [
+        (section.output_tif, class_map(legend), classes_of),
+        (section.probabilities, probability_map(legend), shares_of),
+        (section.confidence, confidence_map(), confidence_of),
+    ]
+    return [
+        Product(path / f"{name}.tif" if several else path, content, of)
+        for path, content, of in wanted
+        if path is not None
+    ]
+
+
+def polygons_path(section: Inference, name: str, several: bool) -> Path | None:
+    """Where a scene's polygons go, if they are wanted.
+
+    >>> polygons_path(Inference(polygons=Path("out")), "north", several=True).as_posix()
+    'out/north.gpkg'
+    """
+    if section.polygons is None or not several:
+        return section.polygons
+    return section.polygons / f"{name}.gpkg"
+
+
+def predict_scenes(
+    section: Inference, scenes: Sequence[SceneFile], segment: Segment, trained: Trained,
+    device: torch.device, log: VerbosityLogger,
+) -> None:  # fmt: skip
+    """Map every scene; finished maps are kept, failures are listed and stop nothing else."""
+    several = len(scenes) > 1 or section.output_tif.suffix == ""
+    failures = []
+    for scene in scenes:
+        output = products_of(section, scene.name, several, trained.legend)[0].path
+        if several and output.exists():
+            log.info(f"inference: {scene.name}: {output} is there already, kept")
+            continue
+        try:
+            predict_scene(section, scene, several, segment, trained, device, log)
+            log.info(f"inference: map in {output}")
+        except RasterError as error:
+            if len(scenes) == 1:
+                raise
+            log.error(f"inference: {error}")
+            failures.append(scene.name)
+    if failures:
+        raise InferenceError(
+            f"{len(failures)} of {len(scenes)} scenes were not mapped: {', '.join(failures)}"
+        )
+
+
 def predict_scene(
-    section: Inference, segment: Segment, num_classes: int, device: torch.device,
-    log: VerbosityLogger,
-) -> Path:  # fmt: skip
-    """Map the scene `input_tif` to `output_tif`, which gets its name when it is whole."""
-    flips = views(section.tta)
-    with open_scene(section.input_tif) as scene:
-        grid = scene.grid
-        plan = tiles(grid.height, grid.width, section.tile_size, section.overlap)
-        log.info(
-            f"inference: {section.input_tif.name}, {grid.height}×{grid.width} pixels, "
-            f"{len(plan)} tiles of {section.tile_size}, {len(flips)} view(s)"
+    section: Inference, file: SceneFile, several: bool, segment: Segment, trained: Trained,
+    device: torch.device, log: VerbosityLogger,
+) -> None:  # fmt: skip
+    """Map one scene on its own grid; a product gets its name when it is whole."""
+    products = products_of(section, file.name, several, trained.legend)
+    with open_scene(file.path, trained.reading, file.name) as scene:
+        warn_of_gsd(scene, trained, log)
+        if scene.grid == scene.own_grid:
+            write_products(section, scene, products, segment, trained, device, log)
+        else:
+            resample_products(section, scene, products, segment, trained, device, log)
+    if (polygons := polygons_path(section, file.name, several)) is not None:
+        names = trained.legend.names
+        count = write_polygons(
+            products[0].path, polygons, names, section.min_area, section.simplify
         )
-        blend = Blend(
-            grid.height, grid.width, section.tile_size, section.overlap, num_classes, device
+        log.info(f"inference: {count} polygons in {polygons}")
+
+
+def warn_of_gsd(scene: Scene, trained: Trained, log: VerbosityLogger) -> None:
+    """Say so where a scene's pixels are much larger or smaller than the training scenes'."""
+    if trained.reading.gsd is not None or trained.gsd is None or not scene.grid.georeferenced:
+        return
+    found = ground_gsd(scene.grid)
+    if not 1 / GSD_RATIO <= found / trained.gsd <= GSD_RATIO:
+        log.warning(
+            f"{scene.path}: {found:.3g} m per pixel, the training scenes had {trained.gsd:.3g}; "
+            "train with dataset.gsd to read all scenes alike"
         )
-        predictions = predict_tiles(
-            scene, plan, lambda images: mean_of_views(segment, images, flips), section.batch_size,
-            device,
-        )  # fmt: skip
-        with MapWriter(section.output_tif, grid, num_classes) as output:
-            work = log.progress(predictions, "inference", total=len(plan), unit="tile", every=50)
-            for tile, probabilities, valid in work:
-                output.write(blend.feed(tile, probabilities, valid))
-            output.write(blend.finish(grid.height))
-    return section.output_tif
+
+
+def write_products(
+    section: Inference, scene: Scene, products: Sequence[Product], segment: Segment,
+    trained: Trained, device: torch.device, log: VerbosityLogger,
+) -> None:  # fmt: skip
+    """Predict a scene on the grid it is read on."""
+    grid, flips = scene.grid, views(section.tta)
+    plan = tiles(grid.height, grid.width, section.tile_size, section.overlap)
+    log.info(
+        f"inference: {scene.path.name}, {grid.height}×{grid.width} pixels, "
+        f"{len(plan)} tiles of {section.tile_size}, {len(flips)} view(s)"
+    )
+    count = len(trained.legend.names)
+    blend = Blend(
+        grid.height, grid.width, section.tile_size, section.overlap, count, device, section.blend
+    )
+    predictions = predict_tiles(
+        scene, plan, lambda images: mean_of_views(segment, images, flips), section.batch_size,
+        device,
+    )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        writers = [
+            stack.enter_context(
+                MapWriter(each.path, grid, each.content, section.format, trained.tags)
+            )
+            for each in products
+        ]
+        work = log.progress(predictions, "inference", total=len(plan), unit="tile", every=50)
+        for tile, probabilities, valid in work:
+            _append(blend.feed(tile, probabilities, valid), products, writers)
+        _append(blend.finish(grid.height), products, writers)
+
+
+def _append(rows: Rows, products: Sequence[Product], writers: Sequence[MapWriter]) -> None:
+    if len(rows.valid):
+        for product, writer in zip(products, writers, strict=True):
+            writer.write(product.of(rows))
+
+
+def resample_products(
+    section: Inference, scene: Scene, products: Sequence[Product], segment: Segment,
+    trained: Trained, device: torch.device, log: VerbosityLogger,
+) -> None:  # fmt: skip
+    """Predict at dataset.gsd into drafts, then write these on the scene's own grid."""
+    drafts = [
+        each._replace(path=each.path.with_name(f".{each.path.stem}.draft.tmp"))
+        for each in products
+    ]
+    plain = section.model_copy(update={"format": "gtiff"})
+    try:
+        write_products(plain, scene, drafts, segment, trained, device, log)
+        for draft, product in zip(drafts, products, strict=True):
+            write_on_grid(draft.path, product, scene.own_grid, section.format, trained.tags)
+    finally:
+        for draft in drafts:
+            for ending in ("", ".aux.xml"):
+                Path(f"{draft.path}{ending}").unlink(missing_ok=True)
+
+
+def write_on_grid(
+    draft: Path, product: Product, grid: Grid, format: str, tags: Mapping[str, str]
+) -> None:
+    """Write a raster again on another grid of the same CRS, nearest neighbour."""
+    with MapWriter(product.path, grid, product.content, format, tags) as writer:
+        for rows in rows_on(draft, grid):
+            writer.write(rows)

@@ -1,9 +1,11 @@
 """Prepare: scenes and labels → frozen features → one file per tile."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
-from itertools import islice
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,90 +24,99 @@ from utils.cache import (
     load_tile,
     read_manifest,
     scene_of,
-    tile_names,
     tile_path,
     write_manifest,
     write_tile,
 )
 from utils.distributed import Runtime, autocast, precision_of
+from utils.label_values import LabelRules, label_rules
 from utils.labels import (
     Labels,
-    covered_share,
-    label_histogram,
-    label_nodata_class,
+    check_values,
+    find_labels,
+    labels_identity,
+    nodata_class,
     open_labels,
-    source_values,
 )
 from utils.logging import VerbosityLogger
-from utils.raster import RasterError, Scene, file_identity, find_scenes, open_scene
-from utils.tiling import Tile, repeated, tiles
+from utils.maps import legend_of
+from utils.raster import RasterError, Reading, Scene, ground_gsd, open_scene
+from utils.sampling import class_counts
+from utils.scenes import SceneFile, band_ranges, default_bands, find_scenes
+from utils.tiling import Tile, batched, repeated, tiles
 
 Encode = Callable[[Tensor], list[Tensor]]
+MADE, REUSED = "made", "reused"
+UNLABELLED, INVALID, SPARSE, BACKGROUND = (
+    "without a labelled pixel",
+    "below prepare.min_valid",
+    "below prepare.min_labeled",
+    "of background only",
+)
 
 
 class RawTile(NamedTuple):
-    """A tile read but not encoded yet: image (3, S, S) uint8, label (S, S) int32."""
+    """A tile read but not encoded yet: image (bands, S, S) uint8, label (S, S) int32."""
 
     name: str
     image: np.ndarray
     label: np.ndarray
 
 
-class Tally:
-    """Counts per scene: pixels of each class; tiles made, reused, unlabelled."""
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """The files a cache is made of, and how they are read."""
 
-    def __init__(self, scenes: Sequence[str], manifest: Manifest) -> None:
-        self.scenes = list(scenes)
+    scenes: list[SceneFile]
+    skipped: list[tuple[Path, str]]
+    labels: list[Path]
+    reading: Reading
+    rules: LabelRules
+
+
+class Tally:
+    """What became of this rank's tiles: pixels per class of each kept one, and how many of what."""
+
+    def __init__(self, manifest: Manifest) -> None:
         self.num_classes = manifest.num_classes
         self.ignore_index = manifest.ignore_index
-        self.counts = torch.zeros(len(self.scenes), manifest.num_classes + 3, dtype=torch.int64)
+        self.tiles: dict[str, list[int]] = {}
+        self.fates: Counter[str] = Counter()
 
-    def add(self, name: str, label: Tensor, kind: str) -> None:
-        """Count a tile's label; kind is made, reused or unlabelled."""
-        row = self.counts[self.scenes.index(scene_of(name))]
-        ids = label.flatten().long()
-        row[: self.num_classes] += torch.bincount(
-            ids[ids != self.ignore_index], minlength=self.num_classes
-        )
-        row[self.num_classes + ("made", "reused", "unlabelled").index(kind)] += 1
+    def keep(self, name: str, label: Tensor, fate: str) -> None:
+        """Count a cached tile and its label."""
+        self.tiles[name] = class_counts(label, self.num_classes, self.ignore_index).tolist()
+        self.fates[fate] += 1
 
-
-def prepare(
-    section: Prepare, wanted: Manifest, encode: Encode, run: Runtime, log: VerbosityLogger
-) -> None:
-    """Cache image, features and label of every tile that has a labelled pixel.
-
-    wanted: what the cache is to be; encode: (B, 3, S, S) uint8 pixels on the CPU to feature maps.
-    Ranks share the tiles.
-    """
-    folder = section.processed_dir
-    paths, skipped = find_scenes(section.raw_images_dir)
-    paths = [path for path in paths if not path.samefile(section.label_path)]
-    if not paths:
-        raise RasterError(f"{section.raw_images_dir}: holds no raster (paths.raw_images_dir)")
-    if run.is_main:
-        _open_cache(folder, paths, section, wanted, log)
-    run.wait()
-    tally = Tally([path.stem for path in paths], wanted)
-    pending = _read_tiles(paths, section, wanted, tally, run)
-    total = len(range(run.rank, _count_tiles(paths, section.tile_size), run.world_size))
-    work = log.progress(pending, "prepare", total=total, unit="tile", every=50)
-    for batch in batched((tile for tile in work if tile is not None), section.batch_size):
-        features = encode(torch.from_numpy(np.stack([tile.image for tile in batch])))
-        for number, tile in enumerate(batch):
-            label = torch.from_numpy(tile.label).to(wanted.label_dtype)
-            image = torch.from_numpy(tile.image)
-            write_tile(folder, tile.name, image, [level[number] for level in features], label)
-            tally.add(tile.name, label, "made")
-    tally.counts = run.sum(tally.counts)
-    if run.is_main:
-        _close_cache(folder, tally, skipped, log)
-    run.wait()
+    def merge(self, others: Sequence["Tally"]) -> None:
+        """Take in what the other ranks counted."""
+        self.tiles = {name: counts for other in others for name, counts in other.tiles.items()}
+        self.fates = sum((other.fates for other in others), Counter())
 
 
-def describe_cache(config: Config, backbone: Any, device: torch.device) -> Manifest:
+def find_sources(config: Config) -> Sources:
+    """Look for scenes and labels, and settle how pixels are read."""
+    section, dataset = config.prepare, config.dataset
+    labels = find_labels(section.label_path)
+    found, skipped = find_scenes(section.raw_images_dir)
+    known = {path.resolve() for path in labels}
+    scenes = [scene for scene in found if scene.path.resolve() not in known]
+    if not scenes:
+        given = section.raw_images_dir
+        named = ", ".join(map(str, [given] if isinstance(given, Path) else given))
+        raise RasterError(f"{named}: holds no raster (paths.raw_images_dir)")
+    paths = [scene.path for scene in scenes]
+    bands = dataset.bands or default_bands(paths[0])
+    ranges = band_ranges(paths, bands, dataset.input_range, dataset.nodata)
+    reading = Reading(bands, ranges, dataset.nodata, dataset.gsd)
+    return Sources(scenes, skipped, labels, reading, label_rules(dataset, config.model.num_classes))
+
+
+def describe_cache(
+    config: Config, sources: Sources, backbone: Any, device: torch.device
+) -> Manifest:
     """What this run's cache is to be, from its settings and the backbone's spec and hash."""
-    spec, section = backbone.spec, config.prepare
+    spec, section, reading = backbone.spec, config.prepare, sources.reading
     if section.tile_size % spec.patch_size:
         raise ConfigError(
             [
@@ -113,8 +124,8 @@ def describe_cache(config: Config, backbone: Any, device: torch.device) -> Manif
                 f"{spec.patch_size}, the patch size of {spec.name}"
             ]
         )
-    if not section.label_path.is_file():
-        raise RasterError(f"{section.label_path}: no such file (paths.label_path)")
+    legend = legend_of(config.dataset.classes, config.model.num_classes)
+    filters = section.model_dump(include={"min_valid", "min_labeled", "background_keep"})
     return Manifest(
         backbone=spec.name,
         backbone_hash=backbone.weights_hash,
@@ -124,13 +135,52 @@ def describe_cache(config: Config, backbone: Any, device: torch.device) -> Manif
         patch_size=spec.patch_size,
         image_mean=list(spec.image_mean),
         image_std=list(spec.image_std),
+        bands=list(reading.bands),
+        rgb=list(spec.rgb),
+        ranges=[list(pair) for pair in reading.ranges],
+        nodata=reading.nodata,
+        gsd=reading.gsd,
         precision=precision_of(device),
         tile_size=section.tile_size,
         feature_dtype=str(FEATURE_DTYPE).removeprefix("torch."),
         num_classes=config.model.num_classes,
         ignore_index=config.dataset.ignore_index,
-        labels={"name": section.label_path.name, **file_identity(section.label_path)},
+        label_rules=asdict(sources.rules),
+        filters=filters,
+        labels=labels_identity(sources.labels),
+        class_names=list(legend.names),
+        class_colors=[list(color) for color in legend.colors],
     )
+
+
+def prepare(
+    section: Prepare, sources: Sources, wanted: Manifest, encode: Encode, seed: int, run: Runtime,
+    log: VerbosityLogger,
+) -> None:  # fmt: skip
+    """Cache image, features and label of every tile that has labelled pixels enough.
+
+    wanted: what the cache is to be; encode: (B, bands, S, S) uint8 pixels on the CPU to feature
+    maps. Ranks share the tiles.
+    """
+    folder = section.processed_dir
+    if run.is_main:
+        _open_cache(folder, sources, wanted, log)
+    run.wait()
+    tally = Tally(wanted)
+    total = len(range(run.rank, _count_tiles(sources, section.tile_size), run.world_size))
+    pending = _read_tiles(sources, section, wanted, tally, seed, run)
+    work = log.progress(pending, "prepare", total=total, unit="tile", every=50)
+    for batch in batched((tile for tile in work if tile is not None), section.batch_size):
+        features = encode(torch.from_numpy(np.stack([tile.image for tile in batch])))
+        for number, tile in enumerate(batch):
+            label = torch.from_numpy(tile.label).to(wanted.label_dtype)
+            image = torch.from_numpy(tile.image)
+            write_tile(folder, tile.name, image, [level[number] for level in features], label)
+            tally.keep(tile.name, label, MADE)
+    tally.merge(run.gather(tally))
+    if run.is_main:
+        _close_cache(folder, tally, sources, log)
+    run.wait()
 
 
 def encode_on(device: torch.device, backbone: torch.nn.Module) -> Encode:
@@ -144,101 +194,99 @@ def encode_on(device: torch.device, backbone: torch.nn.Module) -> Encode:
     return encode
 
 
-def batched(items: Iterable, size: int) -> Iterator[list]:
-    """Lists of `size` items; the last may be shorter.
-
-    >>> list(batched("abcde", 2))
-    [['a', 'b'], ['c', 'd'], ['e']]
-    """
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch
-
-
-def _count_tiles(paths: Sequence[Path], size: int) -> int:
+def _count_tiles(sources: Sources, size: int) -> int:
     count = 0
-    for path in paths:
-        with open_scene(path) as scene:
+    for name, path in sources.scenes:
+        with open_scene(path, sources.reading, name) as scene:
             count += len(tiles(scene.grid.height, scene.grid.width, size))
     return count
 
 
-def _open_cache(
-    folder: Path, paths: Sequence[Path], section: Prepare, wanted: Manifest, log: VerbosityLogger
-) -> None:
+def _open_cache(folder: Path, sources: Sources, wanted: Manifest, log: VerbosityLogger) -> None:
     """Look at every scene and the labels before any feature is computed, then claim the folder."""
-    label_path = section.label_path
-    nodata = label_nodata_class(label_path, wanted.num_classes)
-    if nodata is not None:
-        log.warning(
-            f"{label_path}: declares {nodata} as nodata, which is one of the "
-            f"{wanted.num_classes} classes; it stays a class"
-        )
-    scenes = {}
-    for path in paths:
-        with open_scene(path) as scene:
-            share = covered_share(label_path, scene)
-            _check_label_values(label_path, scene, wanted)
-            scenes[scene.name] = scene.identity
-            size = f"{scene.grid.height}×{scene.grid.width} pixels"
-            log.debug(f"prepare: {path.name}: {size}, labels cover {share:.1%}")
-    for name in drop_changed(claim(wanted, folder), scenes, folder):
+    for path in sources.labels:
+        number = nodata_class(path, sources.rules)
+        if number is not None:
+            log.warning(
+                f"{path}: the value it declares as nodata means class {number} "
+                f"({wanted.class_names[number]}); it stays a class"
+            )
+    scenes, sizes = {}, []
+    for name, path in sources.scenes:
+        with (
+            open_scene(path, sources.reading, name) as scene,
+            open_labels(sources.labels, scene, sources.rules) as labels,
+        ):
+            check_values(labels, scene, tiles(scene.grid.height, scene.grid.width, 512))
+            scenes[name] = scene.identity
+            if scene.grid.georeferenced:
+                sizes.append(ground_gsd(scene.grid))
+            shape = f"{scene.grid.height}×{scene.grid.width} pixels"
+            met = ", ".join(source.path.name for source in labels.sources)
+            log.debug(f"prepare: {name}: {shape}, labels from {met}")
+    found = replace(claim(wanted, folder), ground_gsd=median(sizes) if sizes else None)
+    for name in drop_changed(found, scenes, folder):
         log.info(f"{name}: changed since it was cached; its tiles are made again")
 
 
-def _check_label_values(label_path: Path, scene: Scene, wanted: Manifest) -> None:
-    """Refuse label values that are neither a class nor ignore_index, with a histogram."""
-    known = {*range(wanted.num_classes), wanted.ignore_index}
-    if source_values(label_path, scene) <= known:
-        return
-    with open_labels(label_path, scene, wanted.num_classes, wanted.ignore_index) as labels:
-        counts = label_histogram(labels)
-    if set(counts) <= known:
-        return
-    histogram = ", ".join(f"{value}: {count}" for value, count in sorted(counts.items()))
-    raise RasterError(
-        f"{label_path}: values other than 0..{wanted.num_classes - 1} and {wanted.ignore_index} "
-        f"(ignore) on scene {scene.name}, pixels per value: {{{histogram}}}; correct the raster, "
-        "model.num_classes or dataset.ignore_index"
-    )
-
-
 def _read_tiles(
-    paths: Sequence[Path], section: Prepare, wanted: Manifest, tally: Tally, run: Runtime
+    sources: Sources, section: Prepare, wanted: Manifest, tally: Tally, seed: int, run: Runtime
 ) -> Iterator[RawTile | None]:
     """This rank's tiles of all scenes, one by one; None for a tile that needs no features."""
     number = 0
-    for path in paths:
+    for name, path in sources.scenes:
         with (
-            open_scene(path) as scene,
-            open_labels(
-                section.label_path, scene, wanted.num_classes, wanted.ignore_index
-            ) as labels,
+            open_scene(path, sources.reading, name) as scene,
+            open_labels(sources.labels, scene, sources.rules) as labels,
         ):
             for tile in tiles(scene.grid.height, scene.grid.width, section.tile_size):
                 if number % run.world_size == run.rank:
-                    yield _read_tile(scene, labels, tile, section.processed_dir, wanted, tally)
+                    yield _read_tile(scene, labels, tile, section, wanted, tally, seed)
                 number += 1
 
 
 def _read_tile(
-    scene: Scene, labels: Labels, tile: Tile, folder: Path, wanted: Manifest, tally: Tally
-) -> RawTile | None:
+    scene: Scene, labels: Labels, tile: Tile, section: Prepare, wanted: Manifest, tally: Tally,
+    seed: int,
+) -> RawTile | None:  # fmt: skip
     name = f"{scene.name}__{tile.name}"
-    label = cached_label(tile_path(folder, name), wanted)
-    if label is not None:
-        tally.add(name, label, "reused")
+    cached = cached_label(tile_path(section.processed_dir, name), wanted)
+    if cached is not None:
+        tally.keep(name, cached, REUSED)
         return None
     ids = own_label(labels, tile)
     if (ids == wanted.ignore_index).all():
-        tally.add(name, torch.from_numpy(ids), "unlabelled")
+        tally.fates[UNLABELLED] += 1
         return None
     image, valid = scene.read(tile)
     ids[~valid] = wanted.ignore_index
-    if (ids == wanted.ignore_index).all():
-        tally.add(name, torch.from_numpy(ids), "unlabelled")
+    fate = fate_of(ids, valid, section, wanted, f"{seed} {name}")
+    if fate is not None:
+        tally.fates[fate] += 1
         return None
     return RawTile(name, image, ids)
+
+
+def fate_of(
+    ids: np.ndarray, valid: np.ndarray, section: Prepare, wanted: Manifest, seed: str
+) -> str | None:
+    """Why a tile is left out, or None where it is kept.
+
+    >>> from types import SimpleNamespace
+    >>> ids, valid = np.full((512, 512), 255), np.ones((512, 512), bool)
+    >>> fate_of(ids, valid, Prepare(), SimpleNamespace(ignore_index=255), "0")
+    'without a labelled pixel'
+    """
+    labelled = ids[ids != wanted.ignore_index]
+    if labelled.size == 0:
+        return UNLABELLED
+    if valid.mean() < section.min_valid:
+        return INVALID
+    if labelled.size / ids.size < section.min_labeled:
+        return SPARSE
+    if not labelled.any() and random.Random(seed).random() >= section.background_keep:
+        return BACKGROUND
+    return None
 
 
 def own_label(labels: Labels, tile: Tile) -> np.ndarray:
@@ -262,32 +310,40 @@ def cached_label(path: Path, manifest: Manifest) -> Tensor | None:
     return content["label"]
 
 
-def _close_cache(
-    folder: Path, tally: Tally, skipped: Sequence[tuple[Path, str]], log: VerbosityLogger
-) -> None:
+def _close_cache(folder: Path, tally: Tally, sources: Sources, log: VerbosityLogger) -> None:
     """Say what the cache holds and mark it as whole."""
-    classes = tally.counts[:, : tally.num_classes]
-    made, reused, unlabelled = tally.counts[:, tally.num_classes :].unbind(1)
-    labelled = classes.sum(1)  # each pixel counts once, so a scene's share is of its own pixels
-    kept = (made + reused).tolist()
     manifest = replace(
-        read_manifest(folder), tiles=dict(zip(tally.scenes, kept, strict=True)), complete=True
+        read_manifest(folder), tiles=dict(sorted(tally.tiles.items())), complete=True
     )
-    size = sum(tile_path(folder, name).stat().st_size for name in tile_names(folder, manifest))
-    for path, reason in skipped:
+    for path, reason in sources.skipped:
         log.info(f"prepare: skipped {path.name}: {reason}")
-    for number, name in enumerate(tally.scenes):
-        pixels = manifest.scenes[name]["height"] * manifest.scenes[name]["width"]
-        share = 1 - labelled[number] / pixels
-        log.info(f"prepare: scene {name}: {kept[number]} tiles, {share:.1%} of pixels ignored")
-    if labelled.sum() == 0:
-        raise CacheError(f"{folder}: no scene has a labelled pixel; check paths.label_path")
-    of_all = (classes.sum(0) / labelled.sum()).tolist()
-    shares = ", ".join(f"{number}: {share:.1%}" for number, share in enumerate(of_all))
-    log.info(f"prepare: class shares {shares}")
+    labelled: Counter[str] = Counter()
+    for name, counts in tally.tiles.items():
+        labelled[scene_of(name)] += sum(counts)
+    held = Counter(scene_of(name) for name in tally.tiles)
+    for name, scene in manifest.scenes.items():
+        share = 1 - labelled[name] / (scene["height"] * scene["width"])
+        log.info(f"prepare: scene {name}: {held[name]} tiles, {share:.1%} of pixels ignored")
+    if not tally.tiles:
+        raise CacheError(f"{folder}: no tile is left ({fates_line(tally.fates)}); check the labels")
+    totals = np.array(list(tally.tiles.values())).sum(0)
+    of_all = zip(manifest.class_names, totals / totals.sum(), strict=True)
+    log.info(f"prepare: class shares {', '.join(f'{name}: {share:.1%}' for name, share in of_all)}")
+    size = sum(tile_path(folder, name).stat().st_size for name in tally.tiles)
     log.info(
-        f"prepare: {len(tally.scenes)} scenes, {made.sum()} tiles made, {reused.sum()} reused, "
-        f"{unlabelled.sum()} skipped without a label, {len(skipped)} other files, "
-        f"{size / 1e6:.1f} MB in {folder}"
+        f"prepare: {len(manifest.scenes)} scenes, {fates_line(tally.fates)}, "
+        f"{len(sources.skipped)} other files, {size / 1e6:.1f} MB in {folder}"
     )
     write_manifest(manifest, folder)
+
+
+def fates_line(fates: Counter[str]) -> str:
+    """How many tiles met which fate, in words.
+
+    >>> fates_line(Counter(made=36, reused=2, **{"of background only": 1}))
+    '36 tiles made, 2 reused, 1 left out of background only'
+    """
+    kept = f"{fates[MADE]} tiles made, {fates[REUSED]} reused"
+    reasons = (UNLABELLED, INVALID, SPARSE, BACKGROUND)
+    out = [f"{fates[reason]} left out {reason}" for reason in reasons if fates[reason]]
+    return ", ".join([kept, *out])

@@ -5,8 +5,12 @@ so that it ends on the scene's border. Along an axis shorter than the tile there
 starts at 0 and reaches past the border; whoever reads it pads.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -77,3 +81,14 @@ def repeated(tile: Tile) -> tuple[int, int]:
     (0, 0)
     """
     return -tile.row % tile.height, -tile.col % tile.width
+
+
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of `size` items; the last may be shorter.
+
+    >>> list(batched("abcde", 2))
+    [['a', 'b'], ['c', 'd'], ['e']]
+    """
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
