@@ -20,6 +20,7 @@ from config import ConfigError, Model
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # LVD-1689M checkpoints
 SAT493M = ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))  # SAT-493M checkpoints
 UNUSABLE = (OSError, ValueError, TypeError, LookupError, ArithmeticError)  # what odd files raise
+SHAPING = ("num_attention_heads", "rope_theta", "layer_norm_eps", "hidden_act", "use_gated_mlp")
 GATED = "https://huggingface.co/{name}"
 
 
@@ -220,13 +221,17 @@ def build_backbone(
 
 
 def state_hash(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and bytes of all weights: the same weights, the same text.
+    """SHA-256 over names, shapes and bytes of all weights, and over what else decides on features.
+
+    `SHAPING` are the fields of a backbone's config.json that change features but not weights.
 
     >>> a, b = nn.Linear(2, 1), nn.Linear(2, 1)
     >>> state_hash(a) == state_hash(a), state_hash(a) == state_hash(b)
     (True, False)
     """
     digest = hashlib.sha256()
+    for field in SHAPING:
+        digest.update(f"{field} {getattr(getattr(model, 'config', None), field, None)}".encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.cpu().numpy().tobytes())
@@ -257,8 +262,9 @@ def image_statistics(
 
 
 def _named_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    own = Path(name).name.lower()  # a parent folder says nothing of the checkpoint
     known = {"sat493m": SAT493M, "lvd1689m": IMAGENET}
-    return next((known[data] for data in known if data in name.lower()), None)
+    return next((known[data] for data in known if data in own), None)
 
 
 def _saved_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:

@@ -6,6 +6,7 @@ A scene is read by windows, never whole. Prepare and inference read a tile throu
 
 import contextlib
 import logging
+import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,10 @@ from shapely.geometry import Polygon, mapping, shape
 
 from utils.tiling import Tile
 
+DAMAGED = (  # what tifffile raises on a directory that makes no sense
+    tifffile.TiffFileError, struct.error, ValueError, LookupError, OverflowError, TypeError,
+    AttributeError, EOFError,
+)  # fmt: skip
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the two byte orders, BigTIFF too
 SIDECARS = (
     ".msk", ".ovr", ".aux.xml", ".tfw", ".wld", ".prj", ".tmp", ".dbf", ".shx", ".cpg", ".qix",
@@ -146,7 +151,7 @@ def check_structure(path: Path) -> None:
     try:
         with tifffile.TiffFile(path) as tiff:
             ends = [np.add(page.dataoffsets, page.databytecounts).max() for page in tiff.pages]
-    except (tifffile.TiffFileError, ValueError, IndexError, OverflowError, TypeError) as error:
+    except DAMAGED as error:
         raise RasterError(f"{path}: damaged TIFF directory ({error})") from error
     if not ends:
         raise RasterError(f"{path}: damaged TIFF directory (holds no image)")
