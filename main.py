@@ -187,6 +187,8 @@ def require_cache(config: Config, manifest: "Manifest") -> None:
         "channels": model.dino_channels,
         "bands": None if config.dataset.bands is None else list(config.dataset.bands),
         "gsd": config.dataset.gsd,
+        "nodata": config.dataset.nodata,
+        "class_names": config.dataset.classes and [each.name for each in config.dataset.classes],
     }
     wanted = {key: value for key, value in stated.items() if value is not None}
     found = {key: getattr(manifest, key) for key in wanted}
@@ -201,11 +203,11 @@ def inference(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
     from utils.checkpoint import load_checkpoint, load_weights, require_fit
     from utils.distributed import device_reason
     from utils.engine import best_path
-    from utils.inference import predict_scenes, trained_as
+    from utils.inference import predict_scenes, trained_as, written
     from utils.scenes import find_scenes
 
     section = config.inference
-    scenes, _ = find_scenes(section.input_tif, "inference.input_tif")
+    scenes, _ = find_scenes(section.input_tif, "inference.input_tif", except_in=written(section))
     device = run.device(section.device)
     log.info(f"inference: {device_reason(section.device, device)}")
     path = section.checkpoint or best_path(config.train.weights_dir, config.model.head)

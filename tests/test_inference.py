@@ -401,11 +401,64 @@ def test_several_scenes_go_to_a_folder_and_finished_ones_are_kept(tmp_path):
     predict_scenes(section, scenes, Unlike(32, 3), trained_on(3), CPU, QUIET)
     maps = sorted((tmp_path / "out").glob("*.tif"))
     assert [path.name for path in maps] == ["2021__b.tif", "a.tif", "b.tif"]
-    maps[1].write_bytes(b"finished before")
+    finished = [path.stat().st_mtime_ns for path in maps]
     network = Unlike(32, 3)
     predict_scenes(section, scenes, network, trained_on(3), CPU, QUIET)
-    assert maps[1].read_bytes() == b"finished before"
     assert network.tiles == 0
+    assert [path.stat().st_mtime_ns for path in maps] == finished
+    other = Trained(default_legend(3), Reading(), None, {"made": "by another checkpoint"})
+    predict_scenes(section, scenes, network, other, CPU, QUIET)
+    assert network.tiles > 0
+
+
+def test_polygons_asked_for_later_are_made_for_finished_maps_too(tmp_path):
+    scenes = write_scenes(tmp_path / "in", ["a", "b"])
+    section = section_of(tmp_path, output_tif=tmp_path / "out", tile_size=32)
+    predict_scenes(section, scenes, Unlike(32, 3), trained_on(3), CPU, QUIET)
+    section = section.model_copy(update={"polygons": tmp_path / "shapes"})
+    predict_scenes(section, scenes, Unlike(32, 3), trained_on(3), CPU, QUIET)
+    assert sorted(path.name for path in (tmp_path / "shapes").iterdir()) == ["a.gpkg", "b.gpkg"]
+
+
+@pytest.mark.parametrize("product", ["output_tif", "confidence", "probabilities"])
+def test_no_product_is_written_over_a_scene(tmp_path, product):
+    scenes = write_scenes(tmp_path, ["scene"])
+    section = section_of(tmp_path, tile_size=32, **{product: tmp_path / "scene.tif"})
+    before = scenes[0].path.read_bytes()
+    with pytest.raises(InferenceError, match="would be written over the scene"):
+        predict_scenes(section, scenes, Unlike(32, 3), trained_on(3), CPU, QUIET)
+    assert scenes[0].path.read_bytes() == before
+
+
+def test_two_products_never_share_a_file(tmp_path):
+    scenes = write_scenes(tmp_path, ["scene"])
+    section = section_of(tmp_path, tile_size=32, confidence=tmp_path / "map.tif")
+    with pytest.raises(InferenceError, match="another output"):
+        predict_scenes(section, scenes, Unlike(32, 3), trained_on(3), CPU, QUIET)
+
+
+def test_several_scenes_do_not_go_into_a_file(tmp_path):
+    scenes = write_scenes(tmp_path / "in", ["a", "b"])
+    (tmp_path / "map.tif").write_bytes(b"a map")
+    section = section_of(tmp_path, tile_size=32)
+    with pytest.raises(InferenceError, match="several scenes need a folder"):
+        predict_scenes(section, scenes, Unlike(32, 3), trained_on(3), CPU, QUIET)
+
+
+def test_maps_below_the_folder_of_scenes_are_no_scenes(tmp_path):
+    write_scenes(tmp_path, ["a", "b", "maps/a"])
+    scenes, _ = find_scenes(tmp_path, except_in=[tmp_path / "maps"])
+    assert [scene.name for scene in scenes] == ["a", "b"]
+
+
+def test_at_another_gsd_pixels_without_data_stay_nodata(tmp_path):
+    image, _ = project.land(64, 96, seed=1)
+    image[:, :, 31] = 0  # one column, half of a pixel at the other gsd
+    where = project.grid(64, 96)
+    project.write_scene(tmp_path / "scene.tif", image, where, nodata=0)
+    predict(section_of(tmp_path, tile_size=32), Unlike(32, 3), 3, gsd=2 * abs(where.transform.a))
+    with rasterio.open(tmp_path / "map.tif") as dataset:
+        assert np.array_equal(dataset.read(1) == 255, (image == 0).all(0))
 
 
 def test_a_scene_that_cannot_be_read_stops_no_other_and_is_listed(tmp_path):

@@ -577,7 +577,8 @@ def test_the_kept_share_is_seeded_and_the_same_on_every_rank(project, rng):
 @given(st.floats(0, 1), st.integers(0, 2**32 - 1))
 def test_the_kept_share_of_background_is_the_one_asked_for(share, seed):
     ids, valid = np.zeros((4, 4), np.int32), np.ones((4, 4), bool)
-    section, wanted = Prepare(background_keep=share), SimpleNamespace(ignore_index=IGNORE)
+    section = Prepare(background_keep=share)
+    wanted = SimpleNamespace(ignore_index=IGNORE, label_rules={"background": 0})
     fates = [fate_of(ids, valid, section, wanted, f"{seed} {n}") for n in range(400)]
     assert abs(fates.count(None) / 400 - share) < 0.13
     ids[2, 2] = 1

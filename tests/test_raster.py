@@ -462,10 +462,24 @@ def test_a_finer_gsd_repeats_pixels(write_tiff, rng):
     assert np.array_equal(image, pixels.repeat(2, 1).repeat(2, 2))
 
 
-def test_four_bands_of_sixteen_bits_are_resampled_with_one_flagged_alpha(write_tiff, rng):
-    pixels = square_metres(4, 40, 60, rng)
-    path = write_tiff("s.tif", pixels, photometric="rgb")
+def test_a_band_flagged_alpha_would_weigh_the_others_and_is_not_resampled(write_tiff, rng):
+    path = write_tiff("s.tif", square_metres(4, 40, 60, rng), photometric="rgb")
     flagged(path, ColorInterp.alpha)
+    reading = Reading((4, 3, 2, 1), ((0, 65535),) * 4, gsd=1.0)
+    with pytest.raises(RasterError, match="alpha band"), open_scene(path, reading):
+        pass
+
+
+def test_resampling_knows_one_nodata_value_only(write_tiff, rng):
+    path = write_tiff("s.tif", square_metres(1, 40, 60, rng), nodata=7)
+    reading = Reading((1,), ((0, 65535),), nodata=0, gsd=1.0)
+    with pytest.raises(RasterError, match="declares nodata 7"), open_scene(path, reading):
+        pass
+
+
+def test_four_bands_of_sixteen_bits_are_resampled_by_their_means(write_tiff, rng):
+    pixels = square_metres(4, 40, 60, rng)
+    path = write_tiff("s.tif", pixels, photometric="minisblack", alpha="no")
     reading = Reading((4, 3, 2, 1), ((0, 65535),) * 4, gsd=1.0)
     with open_scene(path, reading) as scene:
         image, valid = scene.read(Tile(0, 0, 20, 30))

@@ -147,6 +147,8 @@ def require_fit(
         "gsd": data.gsd,
     }
     wanted |= {key: value for key, value in stated.items() if value is not None}
+    if data.classes is not None:
+        wanted["class_names"] = [each.name for each in data.classes]
     require_equal(path, {key: getattr(checkpoint, key) for key in wanted}, wanted)
     if checkpoint.precision != precision_of(device):
         log.warning(

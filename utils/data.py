@@ -244,9 +244,9 @@ def load_split(
         split = split_by_lists(places, lists.train_list, lists.val_list)
     else:
         split = split_by_blocks(places, counts, section.val_fraction, lists, seed)
-    audit(split, places, counts, manifest.class_names, log)
     if run.is_main:
         write_sides(folder / "splits.geojson", places, split.sides(), manifest.tiles)
+    audit(split, places, counts, manifest.class_names, log)
     return manifest, split
 
 

@@ -8,6 +8,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from config import Resources
 
 Item = TypeVar("Item")
+PATIENCE = timedelta(hours=6)  # one rank may look at thousands of scenes while the others wait
 
 LAUNCH = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # what torchrun sets
 
@@ -199,7 +201,7 @@ def distributed(resources: Resources) -> Iterator[Runtime]:
         Runtime(local_rank=local_rank).device("cuda")
         torch.cuda.set_device(local_rank)
     try:
-        dist.init_process_group(resources.dist_backend)
+        dist.init_process_group(resources.dist_backend, timeout=PATIENCE)
         yield Runtime(dist.get_rank(), local_rank, dist.get_world_size())
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import shapely
+from rasterio._err import CPLE_BaseError  # what rasterio.warp raises; it has no public name
 from rasterio.crs import CRS
+from rasterio.errors import RasterioError
 from rasterio.transform import Affine
 from rasterio.warp import transform
 
@@ -20,6 +22,12 @@ from utils.cache import Manifest, scene_of
 APART = 1e9  # metres between scenes that have no place on the Earth
 TOUCH = 1e-4  # of a tile's side: what warping may make neighbours overlap by
 STEPS = 8  # points along an edge, since what is straight in one CRS is bent in another
+
+
+class FootprintError(Exception):
+    """A tile that has no place on the Earth, though its scene has a CRS."""
+
+    exit_code = 3
 
 
 class Footprints(NamedTuple):
@@ -96,7 +104,13 @@ def _warped(
     for scene in np.unique(scenes):
         chosen = np.flatnonzero(scenes == scene)
         points = np.concatenate([rims[number] for number in chosen])
-        east, north = transform(CRS.from_wkt(places[scene]), target, *points.T)
+        try:
+            east, north = transform(CRS.from_wkt(places[scene]), target, *points.T)
+        except (RasterioError, CPLE_BaseError) as error:
+            raise FootprintError(
+                f"scene {scene}: some of its tiles lie beyond the Earth that its CRS shows "
+                f"({error}); cut the scene, or gdalwarp it"
+            ) from error
         result[chosen] = np.stack([east, north], 1).reshape(-1, 4 * STEPS, 2)
     return result
 

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,11 +16,14 @@ from config import TTA, Inference
 from utils.blending import Blend, Rows
 from utils.checkpoint import Checkpoint
 from utils.distributed import autocast
+from utils.ground import PolygonError
 from utils.logging import VerbosityLogger
 from utils.maps import (
     Content,
     Legend,
+    MapError,
     MapWriter,
+    UnwrittenError,
     class_map,
     confidence_map,
     map_nodata,
@@ -28,7 +31,15 @@ from utils.maps import (
     share_bytes,
 )
 from utils.polygons import write_polygons
-from utils.raster import Grid, RasterError, Reading, Scene, ground_gsd, open_scene, rows_on
+from utils.raster import (
+    RasterError,
+    Reading,
+    Scene,
+    ground_gsd,
+    open_scene,
+    read_tags,
+    rows_on,
+)
 from utils.scenes import SceneFile
 from utils.tiling import Tile, batched, tiles
 
@@ -202,17 +213,18 @@ def predict_scenes(
 ) -> None:  # fmt: skip
     """Map every scene; finished maps are kept, failures are listed and stop nothing else."""
     several = len(scenes) > 1 or section.output_tif.suffix == ""
+    check_outputs(section, scenes, several)
     failures = []
     for scene in scenes:
         output = products_of(section, scene.name, several, trained.legend)[0].path
-        if several and output.exists():
+        if several and is_finished(section, scene.name, trained):
             log.info(f"inference: {scene.name}: {output} is there already, kept")
             continue
         try:
             predict_scene(section, scene, several, segment, trained, device, log)
             log.info(f"inference: map in {output}")
-        except RasterError as error:
-            if len(scenes) == 1:
+        except (RasterError, MapError, PolygonError) as error:
+            if len(scenes) == 1 or isinstance(error, UnwrittenError):
                 raise
             log.error(f"inference: {error}")
             failures.append(scene.name)
@@ -220,6 +232,43 @@ def predict_scenes(
         raise InferenceError(
             f"{len(failures)} of {len(scenes)} scenes were not mapped: {', '.join(failures)}"
         )
+
+
+def written(section: Inference) -> list[Path]:
+    """The places that inference writes to: what lies there is no scene to map."""
+    places = (section.output_tif, section.probabilities, section.confidence, section.polygons)
+    return [path for path in places if path is not None]
+
+
+def outputs_of(section: Inference, name: str, several: bool) -> list[Path]:
+    """Every file that mapping a scene writes."""
+    rasters = [section.output_tif, section.probabilities, section.confidence]
+    paths = [path / f"{name}.tif" if several else path for path in rasters if path is not None]
+    polygons = polygons_path(section, name, several)
+    return paths if polygons is None else [*paths, polygons]
+
+
+def check_outputs(section: Inference, scenes: Sequence[SceneFile], several: bool) -> None:
+    """Refuse to write over a scene, over another output, or into a folder that is a file."""
+    taken = {scene.path.resolve(): f"the scene {scene.path}" for scene in scenes}
+    for scene in scenes:
+        for path in outputs_of(section, scene.name, several):
+            if other := taken.get(path.resolve()):
+                raise InferenceError(f"{path}: would be written over {other}; name another file")
+            if several and path.parent.is_file():
+                raise InferenceError(f"{path.parent}: is a file; several scenes need a folder")
+            taken[path.resolve()] = "another output"
+
+
+def is_finished(section: Inference, name: str, trained: Trained) -> bool:
+    """Whether all of a scene's files are there, from the same checkpoint and settings."""
+    paths = outputs_of(section, name, several=True)
+    if not all(path.is_file() for path in paths):
+        return False
+    try:
+        return trained.tags.items() <= read_tags(paths[0]).items()
+    except RasterError:
+        return False
 
 
 def predict_scene(
@@ -233,7 +282,7 @@ def predict_scene(
         if scene.grid == scene.own_grid:
             write_products(section, scene, products, segment, trained, device, log)
         else:
-            resample_products(section, scene, products, segment, trained, device, log)
+            resample_products(section, scene, file, products, segment, trained, device, log)
     if (polygons := polygons_path(section, file.name, several)) is not None:
         names = trained.legend.names
         count = write_polygons(
@@ -293,8 +342,8 @@ def _append(rows: Rows, products: Sequence[Product], writers: Sequence[MapWriter
 
 
 def resample_products(
-    section: Inference, scene: Scene, products: Sequence[Product], segment: Segment,
-    trained: Trained, device: torch.device, log: VerbosityLogger,
+    section: Inference, scene: Scene, file: SceneFile, products: Sequence[Product],
+    segment: Segment, trained: Trained, device: torch.device, log: VerbosityLogger,
 ) -> None:  # fmt: skip
     """Predict at dataset.gsd into drafts, then write these on the scene's own grid."""
     drafts = [
@@ -304,8 +353,10 @@ def resample_products(
     plain = section.model_copy(update={"format": "gtiff"})
     try:
         write_products(plain, scene, drafts, segment, trained, device, log)
-        for draft, product in zip(drafts, products, strict=True):
-            write_on_grid(draft.path, product, scene.own_grid, section.format, trained.tags)
+        own = replace(trained.reading, gsd=None)
+        with open_scene(file.path, own, file.name) as source:
+            for draft, product in zip(drafts, products, strict=True):
+                write_on_grid(draft.path, product, source, section.format, trained.tags)
     finally:
         for draft in drafts:
             for ending in ("", ".aux.xml"):
@@ -313,9 +364,13 @@ def resample_products(
 
 
 def write_on_grid(
-    draft: Path, product: Product, grid: Grid, format: str, tags: Mapping[str, str]
+    draft: Path, product: Product, scene: Scene, format: str, tags: Mapping[str, str]
 ) -> None:
-    """Write a raster again on another grid of the same CRS, nearest neighbour."""
+    """Write a raster again on a scene's own grid, nearest neighbour, where it has valid pixels."""
+    grid, row = scene.grid, 0
     with MapWriter(product.path, grid, product.content, format, tags) as writer:
         for rows in rows_on(draft, grid):
-            writer.write(rows)
+            count = rows.shape[1]
+            valid = scene.read(Tile(row, 0, count, grid.width)).valid
+            writer.write(np.where(valid, rows, product.content.nodata).astype(rows.dtype))
+            row += count

@@ -116,4 +116,5 @@ def whole_numbers(values: np.ndarray, valid: np.ndarray, path: Path) -> np.ndarr
         broken = values[values != np.rint(values)]
         if broken.size:
             raise RasterError(f"{path}: holds {broken[0]:g}, labels are whole class numbers")
+        values = values.clip(HOLE + 1, -HOLE)  # what lies beyond is no class either
     return np.where(valid, values.astype(np.int64), HOLE)

@@ -15,6 +15,7 @@ from torch import Tensor
 from config import Config, ConfigError, Prepare
 from utils.cache import (
     FEATURE_DTYPE,
+    MANIFEST,
     CacheError,
     Manifest,
     TileError,
@@ -108,6 +109,10 @@ def find_sources(config: Config) -> Sources:
     paths = [scene.path for scene in scenes]
     bands = dataset.bands or default_bands(paths[0])
     ranges = band_ranges(paths, bands, dataset.input_range, dataset.nodata)
+    if dataset.input_range == "auto" and (section.processed_dir / MANIFEST).exists():
+        cached = read_manifest(section.processed_dir)
+        if cached.bands == list(bands):  # found once, used ever after
+            ranges = tuple((low, high) for low, high in cached.ranges)
     reading = Reading(bands, ranges, dataset.nodata, dataset.gsd)
     return Sources(scenes, skipped, labels, reading, label_rules(dataset, config.model.num_classes))
 
@@ -284,7 +289,8 @@ def fate_of(
         return INVALID
     if labelled.size / ids.size < section.min_labeled:
         return SPARSE
-    if not labelled.any() and random.Random(seed).random() >= section.background_keep:
+    background = wanted.label_rules["background"] or 0
+    if (labelled == background).all() and random.Random(seed).random() >= section.background_keep:
         return BACKGROUND
     return None
 

@@ -335,6 +335,16 @@ def _at_gsd(path: Path, dataset: DatasetReader, reading: Reading) -> Iterator[An
     own = grid_of(dataset)
     if not own.georeferenced:
         raise RasterError(f"{path}: has no CRS or transform, which dataset.gsd needs")
+    if reading.nodata is not None and dataset.nodata not in (None, reading.nodata):
+        raise RasterError(
+            f"{path}: declares nodata {dataset.nodata:g}, dataset.nodata is {reading.nodata:g}; "
+            "resampling to dataset.gsd knows one such value only"
+        )
+    if any(is_alpha(dataset, band) for band in reading.bands):
+        raise RasterError(
+            f"{path}: an alpha band is among dataset.bands, by which resampling to dataset.gsd "
+            "would weigh the others; clear the flag with gdal_translate -colorinterp"
+        )
     target = resized(own, reading.gsd / ground_gsd(own))
     hidden = dataset.nodata is None and not any(is_alpha(dataset, i) for i in dataset.indexes)
     options = {} if reading.nodata is None else {"src_nodata": reading.nodata}
@@ -428,6 +438,12 @@ def read_whole(path: Path) -> np.ndarray:
     """All bands of a small raster, (bands, height, width): for reports, not for scenes."""
     with open_raster(path) as dataset:
         return dataset.read()
+
+
+def read_tags(path: Path) -> dict[str, str]:
+    """What a raster says of itself."""
+    with open_raster(path) as dataset:
+        return dataset.tags()
 
 
 def rows_on(path: Path, grid: Grid, rows: int = BLOCK) -> Iterator[np.ndarray]:

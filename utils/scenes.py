@@ -94,19 +94,23 @@ class SceneFile(NamedTuple):
 
 
 def find_scenes(
-    sources: Path | Sequence[Path], key: str = "paths.raw_images_dir"
+    sources: Path | Sequence[Path],
+    key: str = "paths.raw_images_dir",
+    except_in: Sequence[Path] = (),
 ) -> tuple[list[SceneFile], list[tuple[Path, str]]]:
     """The rasters that files, folders (searched in depth) and patterns name, sorted by name.
 
     Also the other files with the reason they are none; sidecar files (masks, overviews, world
     files) are passed over in silence. A scene is called after its file's stem, one in a subfolder
     after its path below the folder (`2021/north.tif` is 2021__north), and scenes of one name after
-    as many folders more as tell them apart.
+    as many folders more as tell them apart. What lies in the folders `except_in` is passed over.
     """
     depths: dict[Path, int] = {}
     skipped: list[tuple[Path, str]] = []
     for source in [sources] if isinstance(sources, Path) else sources:
         for depth, path in files_of(source, key):
+            if path != source and any(path.is_relative_to(place) for place in except_in):
+                continue
             try:
                 with open_raster(path):
                     depths.setdefault(path, depth)
