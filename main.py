@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 from config import Config, ConfigError, find_config, load_config, to_yaml
 
 if TYPE_CHECKING:
-    from utils.cache import Manifest
     from utils.distributed import Runtime
     from utils.logging import VerbosityLogger
 
@@ -154,6 +153,7 @@ def train(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
 
     from models import build_head
     from models.backbone import Normalize
+    from utils.checkpoint import require_cache
     from utils.data import load_split, make_loaders
     from utils.distributed import device_reason
     from utils.engine import best_path, fit, keep_best
@@ -173,26 +173,6 @@ def train(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
     save = keep_best(best_path(section.weights_dir, name), name, manifest, to_yaml(config))
     best = fit(head, normalize, loaders, section, manifest, run, device, save, log)
     log.info(f"best validation mIoU {best.score.miou:.4f} in epoch {best.epoch}: {best.path}")
-
-
-def require_cache(config: Config, manifest: "Manifest") -> None:
-    """Refuse a cache made with other settings than the configuration has by now."""
-    from utils.checkpoint import require_equal
-
-    model = config.model
-    stated = {
-        "num_classes": model.num_classes,
-        "ignore_index": config.dataset.ignore_index,
-        "layers": None if model.layers is None else list(model.layers),
-        "channels": model.dino_channels,
-        "bands": None if config.dataset.bands is None else list(config.dataset.bands),
-        "gsd": config.dataset.gsd,
-        "nodata": config.dataset.nodata,
-        "class_names": config.dataset.classes and [each.name for each in config.dataset.classes],
-    }
-    wanted = {key: value for key, value in stated.items() if value is not None}
-    found = {key: getattr(manifest, key) for key in wanted}
-    require_equal(config.train.processed_dir, found, wanted)
 
 
 def inference(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:

@@ -62,7 +62,7 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) pixels in 0..255 to float32 of the same shape."""
+        """(B, bands, H, W) pixels in 0..255 to float32 of the same shape."""
         return (pixels.float() / 255 - self.mean) / self.std
 
 

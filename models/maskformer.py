@@ -53,8 +53,7 @@ class Attention(nn.Module):
 
 
 class QueryLayer(nn.Module):
-    """One decoder layer: the queries (B, K, C) look at the memory (B, M, C), at each other, and
-    think.
+    """One decoder layer: the queries (B, K, C) attend to the memory (B, M, C) and to each other.
 
     >>> layer, memory = QueryLayer(64), torch.zeros(1, 256, 64)
     >>> layer(torch.zeros(1, 5, 64), keys=memory, values=memory).shape

@@ -9,8 +9,8 @@ from models.base import SegmentationHead
 class Segmenter(nn.Module):
     """A frozen backbone with a trained head.
 
-    (B, 3, H, W) pixels in 0..255 to (B, num_classes, H, W) probabilities in float32 that sum to 1.
-    The head gets the features in the precision in which prepare caches them.
+    (B, bands, H, W) pixels in 0..255 to (B, num_classes, H, W) probabilities in float32, which sum
+    to 1. The head gets the features in the precision in which prepare caches them.
 
     >>> import torch
     >>> from types import SimpleNamespace                       # stands in for a backbone

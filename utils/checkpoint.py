@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from config import Config, Dataset
-from utils.cache import DAMAGE
+from utils.cache import DAMAGE, Manifest
 from utils.distributed import precision_of
 from utils.logging import VerbosityLogger
 
@@ -168,6 +168,24 @@ def stated_ranges(section: Dataset, bands: int) -> list[list[float]] | None:
         return None
     pairs = wanted if isinstance(wanted[0], tuple) else (wanted,) * bands
     return [list(pair) for pair in pairs]
+
+
+def require_cache(config: Config, manifest: Manifest) -> None:
+    """Refuse a cache made with other settings than the configuration has by now."""
+    model = config.model
+    stated = {
+        "num_classes": model.num_classes,
+        "ignore_index": config.dataset.ignore_index,
+        "layers": None if model.layers is None else list(model.layers),
+        "channels": model.dino_channels,
+        "bands": None if config.dataset.bands is None else list(config.dataset.bands),
+        "gsd": config.dataset.gsd,
+        "nodata": config.dataset.nodata,
+        "class_names": config.dataset.classes and [each.name for each in config.dataset.classes],
+    }
+    wanted = {key: value for key, value in stated.items() if value is not None}
+    found = {key: getattr(manifest, key) for key in wanted}
+    require_equal(config.train.processed_dir, found, wanted)
 
 
 def require_equal(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
