@@ -25,6 +25,7 @@ from utils.inference import (
     predict_scenes,
     predict_tiles,
     views,
+    warn_of_gsd,
 )
 from utils.logging import VerbosityLogger
 from utils.maps import default_legend
@@ -519,3 +520,14 @@ def test_polygons_come_with_the_map(tmp_path):
     features = json.loads((tmp_path / "map.geojson").read_text())["features"]
     assert {feature["properties"]["class_id"] for feature in features} <= {0, 1, 2}
     assert features
+
+
+@pytest.mark.parametrize(("trained", "told"), [(0.5, False), (0.4, False), (0.25, True), (1, True)])
+def test_pixels_of_another_size_than_trained_on_are_told(tmp_path, capsys, trained, told):
+    write_scene(tmp_path, 40, 50)
+    log = VerbosityLogger("info", timestamps=False)
+    known = Trained(default_legend(3), Reading(), trained, {})
+    with open_scene(tmp_path / "scene.tif") as scene:
+        warn_of_gsd(scene, known, log)
+    said = capsys.readouterr().err
+    assert ("[WARNING]" in said and "0.5 m per pixel" in said and f"{trained:g}" in said) == told

@@ -1,6 +1,7 @@
 """The program: YAML in, GeoTIFF out; each kind of trouble one line and its own exit code."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -540,3 +541,20 @@ def test_an_error_with_line_breaks_in_it_is_one_line(copy, capsys):
     (copy.parent / "scenes" / "no\nrth.tif").write_bytes(b"II*\0 no TIFF")
     assert project.run(copy) == 3
     assert len(one_error(capsys)) > 20
+
+
+def test_a_run_with_every_way_to_favour_rare_classes_becomes_a_map(tmp_path):
+    dataset = {
+        "classes": [{"name": name, "values": [n]} for n, name in enumerate(("a", "b", "c"))],
+        "labels": {"erode_borders": 1},
+        "splits": {"block": 60, "buffer": 1},
+    }
+    loss = {"class_weights": "auto", "label_smoothing": 0.1, "focal_gamma": 2.0}
+    train = {"sampler": "balanced", "loss": loss}
+    config = project.write_project(
+        tmp_path, dataset=dataset, train=train, inference={"blend": "gaussian"}
+    )
+    assert project.run(config) == 0
+    assert (tmp_path / "map.tif").is_file()
+    sides = json.loads((tmp_path / "cache" / "splits.geojson").read_text())["features"]
+    assert {each["properties"]["side"] for each in sides} >= {"train", "val"}
