@@ -365,7 +365,7 @@ def test_a_group_that_cannot_form_is_4_and_says_why(monkeypatch):
     launched_as(monkeypatch, world_size=1)
     monkeypatch.setenv("MASTER_ADDR", "no.such.host.invalid")
 
-    def failing(*_):
+    def failing(*_, **__):
         raise torch.distributed.DistNetworkError("The client socket has failed to connect\nmore")
 
     monkeypatch.setattr(torch.distributed, "init_process_group", failing)
