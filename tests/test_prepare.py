@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import project as projects
 import pytest
 import torch
 from hypothesis import given
@@ -18,11 +19,26 @@ from shapely.geometry import box, mapping
 
 from config import Config, ConfigError, Model, Prepare
 from models.backbone import build_backbone, describe_backbone
-from utils.cache import CacheError, Manifest, load_tile, read_manifest, tile_path
+from utils.cache import (
+    CacheError,
+    Manifest,
+    load_tile,
+    read_manifest,
+    tile_path,
+    write_manifest,
+)
 from utils.data import verify
 from utils.distributed import Runtime
 from utils.logging import VerbosityLogger
-from utils.prepare import Encode, describe_cache, encode_on, fate_of, find_sources, prepare
+from utils.prepare import (
+    Encode,
+    cached_ranges,
+    describe_cache,
+    encode_on,
+    fate_of,
+    find_sources,
+    prepare,
+)
 from utils.raster import RasterError, ground_gsd, open_scene
 from utils.tiling import Tile, repeated, tiles
 
@@ -801,3 +817,24 @@ def test_a_truncated_scene_is_named_before_anything_is_made(project):
     with pytest.raises(RasterError, match=r"south\.tif: truncated"):
         project.prepare(encode=fail)
     assert not project.cache.exists()
+
+
+def begun(folder, **changes) -> None:
+    folder.mkdir()
+    write_manifest(projects.manifest_of(ranges=[[10.0, 90.0]], bands=[1], **changes), folder)
+
+
+def test_what_auto_found_once_is_kept_and_numbers_given_are_not(tmp_path):
+    begun(tmp_path / "found", auto_range=True)
+    begun(tmp_path / "given", auto_range=False)
+    assert cached_ranges(tmp_path / "found", (1,)) == ((10.0, 90.0),)
+    assert cached_ranges(tmp_path / "found", (2,)) is None
+    assert cached_ranges(tmp_path / "given", (1,)) is None
+    assert cached_ranges(tmp_path, (1,)) is None
+
+
+def test_a_cache_says_whether_auto_found_its_ranges(prepared):
+    assert read_manifest(prepared.cache).auto_range
+    section = prepared.config.dataset.model_copy(update={"input_range": (0.0, 255.0)})
+    given = replace(prepared, config=prepared.config.model_copy(update={"dataset": section}))
+    assert not given.wanted(find_sources(given.config)).auto_range

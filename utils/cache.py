@@ -47,9 +47,10 @@ class TileError(Exception):
 class Manifest:
     """What a cache is.
 
-    ranges are the values that become 0 and 255 in each of the bands; rgb the places among the bands
-    that the backbone sees; labels and scenes identify the files read (bytes, modification time);
-    tiles holds the labelled pixels per class of each tile, once prepare is done and `complete`.
+    ranges are the values that become 0 and 255 in each of the bands, auto_range whether `auto`
+    found them; rgb the places among the bands that the backbone sees; labels and scenes identify
+    the files read (bytes, modification time); tiles holds each tile's labelled pixels per class,
+    once prepare is done and `complete`.
     """
 
     backbone: str
@@ -75,6 +76,7 @@ class Manifest:
     labels: dict[str, dict[str, int]]
     class_names: list[str]
     class_colors: list[list[int]]
+    auto_range: bool = False
     ground_gsd: float | None = None
     scenes: dict[str, dict[str, Any]] = field(default_factory=dict)
     tiles: dict[str, list[int]] = field(default_factory=dict)
@@ -89,7 +91,8 @@ class Manifest:
 
 # what may differ between a cache and the run that goes on with it
 PROGRESS = {
-    "backbone", "scenes", "tiles", "complete", "ground_gsd", "class_names", "class_colors",
+    "backbone", "scenes", "tiles", "complete", "auto_range", "ground_gsd", "class_names",
+    "class_colors",
 }  # fmt: skip
 KEYS = {
     "backbone_hash": "model.backbone",

@@ -264,9 +264,7 @@ def make_loaders(
 ) -> Loaders:  # fmt: skip
     """This rank's loaders: as many training batches as any rank, a share of the validation."""
     folder = section.processed_dir
-    train = PrecomputedDataset(
-        folder, split.train, augmentations, seed, manifest.ignore_index
-    )
+    train = PrecomputedDataset(folder, split.train, augmentations, seed, manifest.ignore_index)
     val = PrecomputedDataset(folder, split.val)
     order = partial(uniform_order, len(train), seed)
     if section.sampler == "balanced":

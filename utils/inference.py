@@ -164,7 +164,8 @@ class Trained:
 def trained_as(checkpoint: Checkpoint, path: Path, section: Inference) -> Trained:
     """How a checkpoint's head was trained, and what a map says of where it comes from."""
     colors = tuple(tuple(color) for color in checkpoint.class_colors)
-    settings = section.model_dump(mode="json", include={"tile_size", "overlap", "blend", "tta"})
+    told = {"tile_size", "overlap", "blend", "tta", "min_area", "simplify"}
+    settings = section.model_dump(mode="json", include=told)
     tags = {
         "DINOV3SEG_CLASSES": json.dumps(checkpoint.class_names, ensure_ascii=False),
         "DINOV3SEG_HEAD": checkpoint.head,
@@ -182,6 +183,15 @@ def trained_as(checkpoint: Checkpoint, path: Path, section: Inference) -> Traine
     return Trained(legend, reading, checkpoint.ground_gsd, tags)
 
 
+def raster_path(path: Path, name: str, several: bool) -> Path:
+    """Where a scene's raster goes: the configured path, for several scenes a file in that folder.
+
+    >>> raster_path(Path("maps"), "north", several=True).as_posix()
+    'maps/north.tif'
+    """
+    return path / f"{name}.tif" if several else path
+
+
 def products_of(section: Inference, name: str, several: bool, legend: Legend) -> list[Product]:
     """The rasters to write for a scene; with several scenes the configured paths are folders."""
     wanted = [
@@ -190,7 +200,7 @@ def products_of(section: Inference, name: str, several: bool, legend: Legend) ->
         (section.confidence, confidence_map(), confidence_of),
     ]
     return [
-        Product(path / f"{name}.tif" if several else path, content, of)
+        Product(raster_path(path, name, several), content, of)
         for path, content, of in wanted
         if path is not None
     ]
@@ -216,7 +226,7 @@ def predict_scenes(
     check_outputs(section, scenes, several)
     failures = []
     for scene in scenes:
-        output = products_of(section, scene.name, several, trained.legend)[0].path
+        output = raster_path(section.output_tif, scene.name, several)
         if several and is_finished(section, scene.name, trained):
             log.info(f"inference: {scene.name}: {output} is there already, kept")
             continue
@@ -243,7 +253,7 @@ def written(section: Inference) -> list[Path]:
 def outputs_of(section: Inference, name: str, several: bool) -> list[Path]:
     """Every file that mapping a scene writes."""
     rasters = [section.output_tif, section.probabilities, section.confidence]
-    paths = [path / f"{name}.tif" if several else path for path in rasters if path is not None]
+    paths = [raster_path(path, name, several) for path in rasters if path is not None]
     polygons = polygons_path(section, name, several)
     return paths if polygons is None else [*paths, polygons]
 

@@ -108,13 +108,23 @@ def find_sources(config: Config) -> Sources:
         raise RasterError(f"{named}: holds no raster (paths.raw_images_dir)")
     paths = [scene.path for scene in scenes]
     bands = dataset.bands or default_bands(paths[0])
-    ranges = band_ranges(paths, bands, dataset.input_range, dataset.nodata)
-    if dataset.input_range == "auto" and (section.processed_dir / MANIFEST).exists():
-        cached = read_manifest(section.processed_dir)
-        if cached.bands == list(bands):  # found once, used ever after
-            ranges = tuple((low, high) for low, high in cached.ranges)
+    ranges = cached_ranges(section.processed_dir, bands) if dataset.input_range == "auto" else None
+    if ranges is None:
+        ranges = band_ranges(paths, bands, dataset.input_range, dataset.nodata)
     reading = Reading(bands, ranges, dataset.nodata, dataset.gsd)
     return Sources(scenes, skipped, labels, reading, label_rules(dataset, config.model.num_classes))
+
+
+def cached_ranges(
+    folder: Path, bands: tuple[int, ...]
+) -> tuple[tuple[float, float], ...] | None:
+    """The ranges that `auto` found when a cache was begun: scenes added later do not move them."""
+    if not (folder / MANIFEST).exists():
+        return None
+    cached = read_manifest(folder)
+    if not cached.auto_range or cached.bands != list(bands):
+        return None
+    return tuple((low, high) for low, high in cached.ranges)
 
 
 def describe_cache(
@@ -143,6 +153,7 @@ def describe_cache(
         bands=list(reading.bands),
         rgb=list(spec.rgb),
         ranges=[list(pair) for pair in reading.ranges],
+        auto_range=config.dataset.input_range == "auto",
         nodata=reading.nodata,
         gsd=reading.gsd,
         precision=precision_of(device),
