@@ -103,6 +103,9 @@ class Resources(Section):
     matmul_precision: Literal["highest", "high", "medium"] = Field(
         "high", description="float32 matrix products on CUDA: highest is exact, high is TF32"
     )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="of networks' products; auto: bf16 where the processor computes in it"
+    )
     distributed: bool = Field(False, description="run as one of several processes under torchrun")
     dist_backend: Literal["nccl", "gloo"] = Field("nccl", description="nccl: GPUs, gloo: CPUs")
 
@@ -197,6 +200,11 @@ class Labels(Section):
 class Dataset(Section):
     """What is learnt from."""
 
+    cache: Literal["features", "tiles", "auto"] = Field(
+        "features",
+        description="what prepare keeps: features, or tiles only, whose features are computed "
+        "while training; auto: measured, the quicker of the two",
+    )
     bands: Bands | None = Field(
         None,
         title="a list of different band numbers from 1, or null",
@@ -273,7 +281,13 @@ class Prepare(Section):
     )
     processed_dir: OptionalPath = Field(None, description="null: paths.processed_dir")
     tile_size: TileSize = Field(512, description="side of a tile in pixels, a multiple of 16")
-    batch_size: Count = Field(8, description="tiles per forward of the backbone")
+    batch_size: Count = Field(
+        8, description="tiles per forward of the backbone, on a CPU at most 2"
+    )
+    readers: Count = Field(2, description="threads that read tiles ahead of the backbone")
+    feature_dtype: Literal["fp16", "bf16", "int8"] = Field(
+        "fp16", description="of cached features; int8: half the size, a scale for each channel"
+    )
     min_valid: Share = Field(
         0.0, description="share of valid pixels below which a tile is left out"
     )
@@ -335,6 +349,11 @@ class Train(Section):
     )
     grad_accum_steps: Count = Field(1, description="batches per optimizer step")
     compile: bool = Field(False, description="torch.compile the head")
+    augment_views: Annotated[int, Field(ge=1, le=8)] = Field(
+        1,
+        description="flips and turns of each tile whose own features are cached; 1: the tile as it "
+        "is, whose features are turned in its place",
+    )
     ema_decay: float = Field(0.0, ge=0, lt=1, description="of averaged weights; 0: no averaging")
     loss: Loss = Field(default_factory=Loss)
 
@@ -377,7 +396,13 @@ class Inference(Section):
     min_area: Weight = Field(0.0, description="polygons below join a neighbour, in square metres")
     simplify: Weight = Field(0.0, description="tolerance of the polygons' outlines, in metres")
     overlap: float = Field(0.25, ge=0, lt=1, description="share of a tile, repeated by the next")
-    batch_size: Count = Field(8, description="tiles per forward")
+    batch_size: Count = Field(
+        8, description="tiles per forward, each in all its views, on a CPU at most 2 views"
+    )
+    readers: Count = Field(2, description="threads that read tiles ahead of the networks")
+    max_memory: Annotated[int, Field(ge=64)] = Field(
+        1024, description="MB of probabilities to hold; wider scenes are mapped in strips"
+    )
     device: Device = Field("auto", description="auto, cpu, cuda or cuda:N")
     tta: TTA = Field(default_factory=TTA)
 

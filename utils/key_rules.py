@@ -56,6 +56,22 @@ def imagery_clashes(data: Any) -> Iterator[tuple[str, ...]]:
             yield f"{fault}, as many as dataset.bands", "dataset.input_range", "dataset.bands"
 
 
+def cache_clashes(config: Any) -> Iterator[tuple[str, ...]]:
+    """What does not go together about the cache; told like a clash."""
+    views, means = config.train.augment_views, config.dataset.augmentations
+    flips = (1 + means.hflip) * (1 + means.vflip)
+    most = flips if not means.rotate90 else 8 if flips > 1 else 4
+    if not means.enable:
+        most = 1
+    if views > most:
+        fault = f"train.augment_views: found {views}, dataset.augmentations makes {most} of a tile"
+        keys = ("enable", "hflip", "vflip", "rotate90")
+        yield fault, "train.augment_views", *(f"dataset.augmentations.{key}" for key in keys)
+    if views > 1 and config.dataset.cache != "features":
+        fault = f"train.augment_views: {views} needs dataset.cache: features"
+        yield fault, "train.augment_views", "dataset.cache"
+
+
 def clashes(config: Any) -> Iterator[tuple[str, ...]]:
     """Values that do not go together: the fault, then the keys that take part, to blame first."""
     ignore, classes = config.dataset.ignore_index, config.model.num_classes
@@ -66,6 +82,7 @@ def clashes(config: Any) -> Iterator[tuple[str, ...]]:
         fault = "train.loss: ce_weight and dice_weight are both 0, expected one above 0"
         yield fault, "train.loss.ce_weight", "train.loss.dice_weight"
     yield from imagery_clashes(config.dataset)
+    yield from cache_clashes(config)
     scene, result = config.inference.input_tif, config.inference.output_tif
     if result and result in (scene if isinstance(scene, tuple) else (scene,)):
         fault = "inference.output_tif: found the path of inference.input_tif, expected another file"
