@@ -136,7 +136,7 @@ def prepare(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
     log.info(f"prepare: {spec.name}, blocks {list(spec.layers)}, mean {list(spec.image_mean)}")
     log.info(f"prepare: {sources.reading.line()}")
     manifest = describe_cache(config, sources, backbone, device)
-    encode, seed = encode_on(device, backbone), config.resources.seed
+    encode, seed = encode_on(device, manifest.precision, backbone), config.resources.seed
     prepare(config.prepare, sources, manifest, encode, seed, run, log)
 
 
@@ -180,7 +180,7 @@ def inference(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
     from models import build_head
     from models.backbone import build_backbone, describe_backbone
     from models.segmenter import Segmenter
-    from utils.checkpoint import load_checkpoint, load_weights, require_fit
+    from utils.checkpoint import load_checkpoint, load_weights, precision_as_trained, require_fit
     from utils.distributed import device_reason
     from utils.engine import best_path
     from utils.inference import predict_scenes, trained_as, written
@@ -194,13 +194,15 @@ def inference(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
     checkpoint = load_checkpoint(path)
     bands, rgb = checkpoint.bands, config.dataset.rgb or checkpoint.rgb_bands
     backbone = build_backbone(config.model, describe_backbone(config.model, bands, rgb))
-    require_fit(path, checkpoint, config, backbone, device, log)
+    require_fit(path, checkpoint, config, backbone)
+    precision = precision_as_trained(path, checkpoint, config.resources.precision, device, log)
     head = build_head(
         checkpoint.head, checkpoint.channels, checkpoint.levels, checkpoint.num_classes, len(bands)
     )
     load_weights(head, checkpoint, path)
     segmenter = Segmenter(backbone, head).eval().to(device)
-    predict_scenes(section, scenes, segmenter, trained_as(checkpoint, path, section), device, log)
+    trained = trained_as(checkpoint, path, section, precision)
+    predict_scenes(section, scenes, segmenter, trained, device, log)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 SETTINGS: dict[str, Any] = {
-    "resources": {"omp_threads": 1},
+    "resources": {"omp_threads": 1, "precision": "fp32"},
     "logging": {"timestamps": False, "file": "run.log"},
     "paths": {"raw_images_dir": "scenes", "label_path": "labels.tif", "processed_dir": "cache"},
     "model": {"backbone": "./backbone", "head": "linear", "num_classes": CLASSES},

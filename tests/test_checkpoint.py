@@ -16,6 +16,7 @@ from utils.checkpoint import (
     load_checkpoint,
     load_weights,
     plain_state,
+    precision_as_trained,
     require_equal,
     require_fit,
     save_checkpoint,
@@ -204,10 +205,9 @@ def run_of(head: str = "linear", num_classes: int = 3, **dataset) -> Config:
     [{}, {"bands": (1, 2, 3, 4)}, {"gsd": 0.5}, {"input_range": (0, 3000)},
      {"input_range": ((0, 3000),) * 4}, {"input_range": "dtype"}],
 )  # fmt: skip
-def test_a_checkpoint_fits_the_run_it_was_made_for(path, log, keys):
+def test_a_checkpoint_fits_the_run_it_was_made_for(path, keys):
     """What the configuration leaves open is as the checkpoint has it."""
-    require_fit(path, load_checkpoint(path), run_of(**keys), BACKBONE, CPU, log)
-    assert log.stream.getvalue() == ""
+    require_fit(path, load_checkpoint(path), run_of(**keys), BACKBONE)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_a_checkpoint_fits_the_run_it_was_made_for(path, log, keys):
 )
 def test_a_scene_that_is_to_be_read_in_another_way_is_refused(path, log, keys, said):
     with pytest.raises(CheckpointError, match=said) as caught:
-        require_fit(path, load_checkpoint(path), run_of(**keys), BACKBONE, CPU, log)
+        require_fit(path, load_checkpoint(path), run_of(**keys), BACKBONE)
     assert "\n" not in str(caught.value)
 
 
@@ -230,7 +230,7 @@ def test_a_backbone_that_sees_other_bands_is_refused(path, log):
     spec = SimpleNamespace(**{**vars(SPEC), "rgb": (0, 1, 2)})
     other = SimpleNamespace(spec=spec, weights_hash=BACKBONE.weights_hash)
     with pytest.raises(CheckpointError, match=r"rgb is \[2, 1, 0\], this run has \[0, 1, 2\]$"):
-        require_fit(path, load_checkpoint(path), run_of(), other, CPU, log)
+        require_fit(path, load_checkpoint(path), run_of(), other)
 
 
 def test_the_bands_that_the_backbone_sees_are_told_by_number():
@@ -242,7 +242,7 @@ def test_every_difference_from_the_run_is_named(path, log):
     section = run_of(head="unet", num_classes=4)
     other = SimpleNamespace(spec=SPEC, weights_hash="b" * 64)
     with pytest.raises(CheckpointError) as caught:
-        require_fit(path, load_checkpoint(path), section, other, CPU, log)
+        require_fit(path, load_checkpoint(path), section, other)
     line = str(caught.value)
     assert line.startswith(f"{path}: head is 'linear', this run has 'unet'; num_classes is 3, ")
     assert "backbone_hash" in line
@@ -250,12 +250,26 @@ def test_every_difference_from_the_run_is_named(path, log):
     assert "\n" not in line
 
 
-def test_features_of_another_precision_are_a_warning(path, log):
-    section = run_of()
-    checkpoint = replace(made(), precision="bf16")
-    require_fit(path, checkpoint, section, BACKBONE, CPU, log)
+@pytest.mark.parametrize("trained", ["fp32", "bf16"])
+def test_maps_are_made_in_the_precision_of_the_training(path, log, monkeypatch, trained):
+    monkeypatch.setattr("utils.checkpoint.has_bf16", lambda device: True)
+    checkpoint = replace(made(), precision=trained)
+    for wanted in ("auto", trained):
+        assert precision_as_trained(path, checkpoint, wanted, CPU, log) == trained
+    assert log.stream.getvalue() == ""
+
+
+def test_another_precision_than_the_training_s_is_a_warning(path, log):
+    assert precision_as_trained(path, replace(made(), precision="bf16"), "fp32", CPU, log) == "fp32"
     assert "[WARNING]" in log.stream.getvalue()
-    assert "bf16" in log.stream.getvalue()
+    assert "trained in bf16, resources.precision is fp32" in log.stream.getvalue()
+
+
+def test_a_processor_that_emulates_bf16_is_a_warning(path, log, monkeypatch):
+    monkeypatch.setattr("utils.checkpoint.has_bf16", lambda device: False)
+    checkpoint = replace(made(), precision="bf16")
+    assert precision_as_trained(path, checkpoint, "auto", CPU, log) == "bf16"
+    assert "emulates" in log.stream.getvalue()
 
 
 def test_equal_settings_pass():

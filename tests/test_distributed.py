@@ -313,10 +313,20 @@ def test_a_gpu_past_the_last_is_refused_and_each_rank_has_its_own(monkeypatch):
         Runtime(2, 2, 3).device("auto")
 
 
-def test_the_cpu_computes_in_fp32_and_without_autocast():
-    assert precision_of(CPU) == "fp32"
-    with autocast(CPU):
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+@pytest.mark.parametrize(("found", "wanted"), [({"amx_bf16": True}, "bf16"), ({}, "fp32")])
+def test_precision_auto_is_what_the_processor_computes_in(monkeypatch, found, wanted):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True} | found)
+    assert precision_of("auto", CPU) == wanted
+    assert precision_of("fp32", CPU) == "fp32"
+    assert precision_of("bf16", CPU) == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_products_are_computed_in_the_precision_that_is_asked_for(precision, dtype):
+    with autocast(CPU, precision):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 
 def launched_as(monkeypatch, world_size):

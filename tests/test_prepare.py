@@ -61,7 +61,7 @@ class Project:
 
     @property
     def encode(self) -> Encode:
-        return encode_on(CPU, self.backbone)
+        return encode_on(CPU, "fp32", self.backbone)
 
     def changed(self, **keys) -> "Project":
         """The same project with other keys in its prepare section."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from config import Config, Dataset
 from utils.cache import DAMAGE, Manifest
-from utils.distributed import precision_of
+from utils.distributed import has_bf16
 from utils.logging import VerbosityLogger
 
 FORMAT = 2
@@ -124,10 +124,7 @@ def plain_state(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
 
 
-def require_fit(
-    path: Path, checkpoint: Checkpoint, config: Config, backbone: Any, device: torch.device,
-    log: VerbosityLogger,
-) -> None:  # fmt: skip
+def require_fit(path: Path, checkpoint: Checkpoint, config: Config, backbone: Any) -> None:
     """Refuse a checkpoint that was made for other features or another head than this run has."""
     spec, data = backbone.spec, config.dataset
     wanted = {
@@ -150,11 +147,25 @@ def require_fit(
     if data.classes is not None:
         wanted["class_names"] = [each.name for each in data.classes]
     require_equal(path, {key: getattr(checkpoint, key) for key in wanted}, wanted)
-    if checkpoint.precision != precision_of(device):
+
+
+def precision_as_trained(
+    path: Path, checkpoint: Checkpoint, wanted: str, device: torch.device, log: VerbosityLogger
+) -> str:
+    """The precision to infer in: the training's, unless resources.precision names another."""
+    trained = checkpoint.precision
+    if wanted not in ("auto", trained):
         log.warning(
-            f"{path}: trained on features of {checkpoint.precision}, this device computes "
-            f"{precision_of(device)}; maps may differ slightly"
+            f"{path}: trained in {trained}, resources.precision is {wanted}; maps may differ "
+            "slightly"
         )
+        return wanted
+    if trained == "bf16" and not has_bf16(device):
+        log.warning(
+            f"{path}: trained in bf16, which this processor emulates; resources.precision: fp32 "
+            "may be quicker"
+        )
+    return trained
 
 
 def stated_ranges(section: Dataset, bands: int) -> list[list[float]] | None:

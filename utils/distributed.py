@@ -145,19 +145,29 @@ def _backend_device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
 
 
-def precision_of(device: torch.device) -> str:
-    """`bf16` where the processor computes in it (CUDA from Ampere on), `fp32` elsewhere.
+def precision_of(wanted: str, device: torch.device) -> str:
+    """What `resources.precision` means on a device: `auto` is bf16 where it computes in it.
 
-    >>> precision_of(torch.device("cpu"))
-    'fp32'
+    >>> precision_of("bf16", torch.device("cpu"))
+    'bf16'
     """
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if native else "fp32"
+    if wanted != "auto":
+        return wanted
+    return "bf16" if has_bf16(device) else "fp32"
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    """Mixed precision as prepare, train and inference all use it on this device."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision_of(device) == "bf16")
+def has_bf16(device: torch.device) -> bool:
+    """Whether a processor multiplies bf16 itself: CUDA from Ampere on, CPUs with AVX-512 BF16, AMX
+    or Arm's BF16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The products of a network in `precision`: the same in prepare, train and inference."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def no_cuda() -> str:

@@ -64,6 +64,7 @@ class Step:
         run: Runtime, device: torch.device, class_weights: Sequence[float] | None = None,
     ) -> None:  # fmt: skip
         self.run, self.device, self.section = run, device, section
+        self.precision = manifest.precision
         self.head = head.to(device)
         self.normalize = normalize.to(device)
         weights = section.loss
@@ -108,7 +109,7 @@ class Step:
         label = batch.label.to(self.device, non_blocking=True).long()
         image = self.normalize(batch.image.to(self.device, non_blocking=True))
         features = [level.to(self.device, non_blocking=True) for level in batch.features]
-        with autocast(self.device):
+        with autocast(self.device, self.precision):
             output = model(image, features)
         if score is not None:
             score(output.logits, label)

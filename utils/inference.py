@@ -120,7 +120,7 @@ def predict_tiles(
         found: dict[int, Tensor] = {}
         if seen:
             images = torch.from_numpy(np.stack([pixels[number].image for number in seen]))
-            with torch.inference_mode(), autocast(device):
+            with torch.inference_mode(), autocast(device, "fp32"):
                 found = dict(zip(seen, segment(images.to(device)), strict=True))
         for number, (tile, read) in enumerate(zip(group, pixels, strict=True)):
             yield Prediction(tile, found.get(number), read.valid)
@@ -159,13 +159,16 @@ class Trained:
     reading: Reading
     gsd: float | None
     tags: Mapping[str, str]
+    precision: str = "fp32"
 
 
-def trained_as(checkpoint: Checkpoint, path: Path, section: Inference) -> Trained:
+def trained_as(
+    checkpoint: Checkpoint, path: Path, section: Inference, precision: str
+) -> Trained:
     """How a checkpoint's head was trained, and what a map says of where it comes from."""
     colors = tuple(tuple(color) for color in checkpoint.class_colors)
     told = {"tile_size", "overlap", "blend", "tta", "min_area", "simplify"}
-    settings = section.model_dump(mode="json", include=told)
+    settings = section.model_dump(mode="json", include=told) | {"precision": precision}
     tags = {
         "DINOV3SEG_CLASSES": json.dumps(checkpoint.class_names, ensure_ascii=False),
         "DINOV3SEG_HEAD": checkpoint.head,
@@ -180,7 +183,7 @@ def trained_as(checkpoint: Checkpoint, path: Path, section: Inference) -> Traine
         checkpoint.gsd,
     )
     legend = Legend(tuple(checkpoint.class_names), colors)
-    return Trained(legend, reading, checkpoint.ground_gsd, tags)
+    return Trained(legend, reading, checkpoint.ground_gsd, tags, precision)
 
 
 def raster_path(path: Path, name: str, several: bool) -> Path:

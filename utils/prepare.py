@@ -156,7 +156,7 @@ def describe_cache(
         auto_range=config.dataset.input_range == "auto",
         nodata=reading.nodata,
         gsd=reading.gsd,
-        precision=precision_of(device),
+        precision=precision_of(config.resources.precision, device),
         tile_size=section.tile_size,
         feature_dtype=str(FEATURE_DTYPE).removeprefix("torch."),
         num_classes=config.model.num_classes,
@@ -199,12 +199,12 @@ def prepare(
     run.wait()
 
 
-def encode_on(device: torch.device, backbone: torch.nn.Module) -> Encode:
+def encode_on(device: torch.device, precision: str, backbone: torch.nn.Module) -> Encode:
     """The backbone as a function of CPU pixels: upload raw pixels, compute on the device."""
     backbone = backbone.to(device)
 
     def encode(pixels: Tensor) -> list[Tensor]:
-        with torch.inference_mode(), autocast(device):
+        with torch.inference_mode(), autocast(device, precision):
             return backbone(pixels.to(device))
 
     return encode
