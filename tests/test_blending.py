@@ -6,7 +6,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from utils.blending import WINDOWS, Blend, axis_weights
+from utils.blending import WINDOWS, Blend, Strip, axis_weights, carried_rows, strips
 from utils.tiling import Tile, origins, stride_of, tiles
 
 CPU = torch.device("cpu")
@@ -39,16 +39,29 @@ def dense_mosaic(probabilities, height, width, size, overlap, window="hann"):
     return (sums / weights)[:, :height, :width]
 
 
-def fed(blend, found, valid=None):
-    """The probabilities and the mask that a blend gives for tiles' probabilities by (row, col)."""
-    size = blend._sums.shape[1]
-    rows = []
-    for (row, col), part in found.items():
+def fed(blend, found, shape, valid=None):
+    """The probabilities and the mask that a blend gives for tiles' probabilities by (row, col).
+
+    Every pixel of the strip is finished once.
+    """
+    size = blend.size
+    mosaic = np.full((3, *shape), np.nan)
+    seen, times = np.zeros(shape, bool), np.zeros(shape, int)
+    for (row, col), answer in found.items():
+        tile = Tile(row, col, size, size)
+        if not blend.strip.meets(tile):
+            continue
         mask = np.ones((size, size), bool) if valid is None else valid[row, col]
-        rows.append(blend.feed(Tile(row, col, size, size), part, mask))
-    rows.append(blend.finish(blend.height))
-    probabilities, masks = zip(*rows, strict=True)
-    return torch.cat(probabilities, dim=1).numpy(), np.concatenate(masks)
+        part = blend.feed(tile, answer, mask)
+        if part is not None:
+            rows = slice(part.place.row, part.place.row + part.place.height)
+            cols = slice(part.place.col, part.place.col + part.place.width)
+            mosaic[:, rows, cols] = part.probabilities.numpy()
+            seen[rows, cols] = part.valid
+            times[rows, cols] += 1
+    assert (times[:, blend.strip.start : blend.strip.stop] == 1).all()
+    assert times.sum() == shape[0] * (blend.strip.stop - blend.strip.start)
+    return mosaic, seen
 
 
 def random_tiles(height, width, size, overlap, classes, seed):
@@ -73,8 +86,8 @@ def test_a_blend_is_the_dense_mosaic_of_the_same_probabilities(
         {place: part.double().numpy() for place, part in found.items()},
         height, width, size, overlap, window,
     )  # fmt: skip
-    probabilities, valid = fed(Blend(height, width, size, overlap, 3, CPU, window), found)
-    assert probabilities.shape == (3, height, width)
+    blend = Blend(height, width, size, overlap, 3, CPU, window)
+    probabilities, valid = fed(blend, found, (height, width))
     assert np.abs(probabilities - wanted).max() < 1e-5
     assert valid.all()
 
@@ -84,7 +97,8 @@ def test_a_blend_is_the_dense_mosaic_of_the_same_probabilities(
 def test_constants_blend_to_constants(height, width, size, overlap):
     constant = torch.tensor([0.2, 0.5, 0.3])[:, None, None].expand(3, size, size)
     found = {(tile.row, tile.col): constant for tile in tiles(height, width, size, overlap)}
-    probabilities, _ = fed(Blend(height, width, size, overlap, 3, CPU), found)
+    blend = Blend(height, width, size, overlap, 3, CPU)
+    probabilities, _ = fed(blend, found, (height, width))
     assert np.abs(probabilities - constant[:, :1, :1].numpy()).max() < 1e-5
 
 
@@ -119,20 +133,47 @@ def test_a_blend_takes_no_more_memory_for_a_higher_scene(overlap):
             if tile.row > 4 * 32:
                 break
             blend.feed(tile, torch.full((4, 32, 32), 0.25), np.ones((32, 32), bool))
-        return blend._sums.numel(), blend._valid.size
+        return sum(each.numel() for each in (blend._sums, blend._spare, blend._carry))
 
-    assert held(200) == held(20_000) == (4 * 32 * 100, 32 * 100)
+    stride = stride_of(32, overlap)
+    shared = carried_rows(20_000, 32, stride)
+    assert held(20_000) == held(20_000 + 900 * stride) == 2 * 4 * 32 * 32 + 4 * shared * 100
+    assert shared <= 32
 
 
-def test_rows_leave_as_soon_as_no_later_tile_reaches_them():
+def test_pixels_leave_with_the_last_tile_that_reaches_them():
     blend = Blend(height=100, width=40, size=32, overlap=0.5, num_classes=2, device=CPU)
     half = torch.full((2, 32, 32), 0.5)
-    counts = {}
-    for tile in tiles(100, 40, 32, 0.5):
-        rows = blend.feed(tile, half, np.ones((32, 32), bool))
-        counts[tile.row] = counts.get(tile.row, 0) + len(rows.valid)
-    assert counts == {0: 0, 16: 16, 32: 16, 48: 16, 64: 16, 68: 4}
-    assert len(blend.finish(100).valid) == 32
+    found = [
+        blend.feed(tile, half, np.ones((32, 32), bool)).place for tile in tiles(100, 40, 32, 0.5)
+    ]
+    assert found[:2] == [Tile(0, 0, 16, 8), Tile(0, 8, 16, 32)]
+    assert [place.height for place in found[1::2]] == [16, 16, 16, 16, 4, 32]
+
+
+@settings(max_examples=80, deadline=None)
+@given(sides, sides, sizes, overlaps, st.integers(0, 9), st.data())
+def test_a_strip_of_a_blend_is_that_part_of_the_whole_bit_for_bit(
+    height, width, size, overlap, seed, data
+):
+    found = random_tiles(height, width, size, overlap, 3, seed)
+    whole, _ = fed(Blend(height, width, size, overlap, 3, CPU), found, (height, width))
+    start = data.draw(st.integers(0, width - 1))
+    strip = Strip(start, data.draw(st.integers(start + 1, width)))
+    blend = Blend(height, width, size, overlap, 3, CPU, strip=strip)
+    part, _ = fed(blend, found, (height, width))
+    assert np.array_equal(part[..., slice(*strip)], whole[..., slice(*strip)])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 9000), st.integers(1, 400), st.integers(1, 2_000_000), sizes)
+def test_strips_cover_the_width_once_within_what_they_may_take(width, column, most, multiple):
+    found = strips(width, column, most, multiple)
+    assert [strip.start for strip in found] == [0, *(strip.stop for strip in found[:-1])]
+    assert found[-1].stop == width
+    assert all(strip.start % multiple == 0 < strip.stop - strip.start for strip in found)
+    for strip in found:
+        assert strip.stop - strip.start <= max(multiple, most // column)
 
 
 @settings(max_examples=30, deadline=None)
@@ -143,5 +184,5 @@ def test_only_pixels_that_are_valid_somewhere_are_valid_in_the_end(height, width
     found = random_tiles(height, width, size, overlap, 3, seed)
     valid = {(r, c): mask[r : r + size, c : c + size] for r, c in found}
     found = {place: part if valid[place].any() else None for place, part in found.items()}
-    _, seen = fed(Blend(height, width, size, overlap, 3, CPU), found, valid)
+    _, seen = fed(Blend(height, width, size, overlap, 3, CPU), found, (height, width), valid)
     assert np.array_equal(seen, mask[:height, :width])

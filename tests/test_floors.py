@@ -11,7 +11,7 @@ FLOORS = [
     {
         "utils.strict_yaml", "utils.key_rules", "utils.tiling", "utils.cache", "utils.sampling",
         "utils.losses", "utils.metrics", "utils.optim", "utils.logging", "utils.landscape",
-        "utils.turns", "models.blocks",
+        "utils.turns", "utils.streaming", "models.blocks",
     },
     {"utils.key_faults", "utils.raster", "utils.footprints", "utils.blending", "models.base"},
     {
@@ -22,7 +22,10 @@ FLOORS = [
         "utils.process", "utils.distributed", "utils.burning", "utils.label_values",
         "utils.splits", "utils.regions", "models.backbone", "models",
     },
-    {"utils.labels", "utils.data", "utils.checkpoint", "utils.polygons", "models.segmenter"},
+    {
+        "utils.labels", "utils.data", "utils.checkpoint", "utils.polygons", "utils.products",
+        "models.segmenter",
+    },
     {"utils.prepare", "utils.engine", "utils.inference"},
     {"main", "utils.demo"},
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Inference: a map is the best class of the dense mosaic of its tiles; it is whole or absent."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -9,6 +10,8 @@ import project
 import pytest
 import rasterio
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_blending import dense_mosaic
 
 import main
@@ -17,21 +20,20 @@ from models import build_head
 from models.backbone import build_backbone, describe_backbone, write_random_backbone
 from models.segmenter import Segmenter
 from utils.inference import (
-    InferenceError,
     Trained,
-    lay,
     mean_of_views,
     predict_scene,
     predict_scenes,
-    predict_tiles,
     views,
     warn_of_gsd,
 )
 from utils.logging import VerbosityLogger
 from utils.maps import default_legend
+from utils.products import InferenceError
 from utils.raster import RasterError, Reading, open_scene
 from utils.scenes import SceneFile, find_scenes
-from utils.tiling import tiles
+from utils.tiling import stride_of, tiles
+from utils.turns import Turn
 
 CPU = torch.device("cpu")
 QUIET = VerbosityLogger("error", silent=True)
@@ -77,16 +79,16 @@ def write_scene(folder, height, width, nodata=None, seed=1):
 
 # ---- flips and turns ----
 
-PLAIN = (False, False, 0)
+PLAIN, MIRRORED, UPSIDE = Turn(), Turn(hflip=True), Turn(vflip=True)
 
 
 @pytest.mark.parametrize(
     ("horizontal", "vertical", "wanted"),
     [
         (False, False, [PLAIN]),
-        (True, False, [PLAIN, (True, False, 0)]),
-        (False, True, [PLAIN, (False, True, 0)]),
-        (True, True, [PLAIN, (True, False, 0), (False, True, 0), (True, True, 0)]),
+        (True, False, [PLAIN, MIRRORED]),
+        (False, True, [PLAIN, UPSIDE]),
+        (True, True, [PLAIN, MIRRORED, UPSIDE, Turn(hflip=True, vflip=True)]),
     ],
 )
 def test_views_are_the_flips_that_the_config_asks_for(horizontal, vertical, wanted):
@@ -100,8 +102,23 @@ def test_quarter_turns_and_both_flips_are_the_eight_ways_to_lay_a_square():
     everything = views(TTA(horizontal_flip=True, vertical_flip=True, rotate90=True))
     square = torch.arange(9).view(3, 3)
     assert len(everything) == 8
-    assert len({tuple(lay(square, flip).flatten().tolist()) for flip in everything}) == 8
+    assert len({tuple(turn.apply(square).flatten().tolist()) for turn in everything}) == 8
     assert len(views(TTA(rotate90=True))) == 4
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 7, None])
+def test_all_views_of_all_tiles_are_one_batch_in_parts_of_the_size_that_is_asked_for(most):
+    sizes = []
+
+    def network(pixels):
+        sizes.append(len(pixels))
+        return Unlike(16, 2)(pixels)
+
+    pixels = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    found = mean_of_views(network, pixels, ALL_VIEWS, most)
+    assert torch.allclose(found, mean_of_views(Unlike(16, 2), pixels, ALL_VIEWS), atol=1e-6)
+    assert sum(sizes) == 3 * 4
+    assert max(sizes) == min(most or 12, 12)
 
 
 def test_each_turned_view_is_laid_back_before_the_mean():
@@ -325,13 +342,63 @@ def test_a_scene_that_is_missing_is_named(tmp_path):
         predict(section_of(tmp_path), None, 3)
 
 
-def test_tiles_keep_their_order_whatever_the_batch_size(tmp_path):
+@pytest.mark.parametrize(("batch_size", "readers"), [(1, 1), (4, 3), (100, 2)])
+def test_the_network_sees_the_tiles_in_order_whatever_the_batch_size_and_readers(
+    tmp_path, monkeypatch, batch_size, readers
+):
+    monkeypatch.setattr("utils.inference.most_at_once", lambda device: None)
     write_scene(tmp_path, 70, 90)
-    plan = tiles(70, 90, 32, 0.25)
+    seen = []
+
+    def network(pixels):
+        seen.extend(pixels.clone())
+        return torch.full((len(pixels), 2, 32, 32), 0.5)
+
+    section = section_of(tmp_path, tile_size=32, batch_size=batch_size, readers=readers)
+    predict(section, network, 2)
     with open_scene(tmp_path / "scene.tif") as scene:
-        for batch_size in (1, 4, 100):
-            found = predict_tiles(scene, plan, Unlike(32, 2), batch_size, CPU)
-            assert [each.tile for each in found] == plan
+        wanted = [scene.read(tile).image for tile in tiles(70, 90, 32, 0.25)]
+    assert len(seen) == len(wanted)
+    assert all(np.array_equal(a, b) for a, b in zip(seen, wanted, strict=True))
+
+
+def test_a_map_in_strips_is_the_map_of_one_piece_byte_for_byte(tmp_path, monkeypatch):
+    """Tiles between two strips are predicted for both; every raster is the same."""
+    write_scene(tmp_path, 300, 1400)
+    network, found = Unlike(64, 3), []
+    names = ("map.tif", "shares.tif", "sure.tif")
+    for megabytes in (1024, 0.2):
+        network.tiles = 0
+        monkeypatch.setattr("utils.products.MB", 10**6 * megabytes / 1024)
+        section = section_of(
+            tmp_path, tile_size=64, overlap=0.3, probabilities=tmp_path / "shares.tif",
+            confidence=tmp_path / "sure.tif", output_tif=tmp_path / "map.tif",
+        )  # fmt: skip
+        predict(section, network, 3)
+        found.append(([(tmp_path / name).read_bytes() for name in names], network.tiles))
+    (whole, once), (parts, more) = found
+    assert whole == parts
+    assert once == len(tiles(300, 1400, 64, 0.3)) < more
+
+
+@pytest.mark.parametrize("answer", [float("nan"), float("inf")])
+def test_probabilities_that_are_no_numbers_end_the_run_and_name_the_tile(tmp_path, answer):
+    write_scene(tmp_path, 70, 90)
+
+    def broken(pixels):
+        return torch.full((len(pixels), 2, 32, 32), answer)
+
+    with pytest.raises(InferenceError, match=r"tile r000000_c000000: probabilities are not finite"):
+        predict(section_of(tmp_path, tile_size=32), broken, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["scene.tif"]
+
+
+@settings(max_examples=200)
+@given(st.integers(1, 400), st.integers(1, 400), st.sampled_from([16, 32, 64]), st.floats(0, 0.9))
+def test_tiles_are_as_many_as_the_law_says(height, width, size, overlap):
+    stride = stride_of(size, overlap)
+    sides = [1 if n <= size else math.ceil((n - size) / stride) + 1 for n in (height, width)]
+    assert len(tiles(height, width, size, overlap)) == sides[0] * sides[1]
 
 
 # ---- the same features as prepare caches ----

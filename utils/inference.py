@@ -6,32 +6,32 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from config import TTA, Inference
-from utils.blending import Blend, Rows
+from utils.blending import Strip
 from utils.checkpoint import Checkpoint
-from utils.distributed import autocast
+from utils.distributed import autocast, most_at_once, upload
 from utils.ground import PolygonError
 from utils.logging import VerbosityLogger
-from utils.maps import (
-    Content,
-    Legend,
-    MapError,
-    MapWriter,
-    UnwrittenError,
-    class_map,
-    confidence_map,
-    map_nodata,
-    probability_map,
-    share_bytes,
-)
+from utils.maps import Legend, MapError, MapWriter, UnwrittenError
 from utils.polygons import write_polygons
+from utils.products import (
+    InferenceError,
+    Mosaic,
+    Prediction,
+    Product,
+    Sheet,
+    mosaic_of,
+    products_of,
+    raster_path,
+    strips_of,
+)
 from utils.raster import (
+    Pixels,
     RasterError,
     Reading,
     Scene,
@@ -41,114 +41,71 @@ from utils.raster import (
     rows_on,
 )
 from utils.scenes import SceneFile
+from utils.streaming import ahead, behind
 from utils.tiling import Tile, batched, tiles
+from utils.turns import Turn, distinct_turns
 
-Segment = Callable[[Tensor], Tensor]
-Flip = tuple[bool, bool, int]  # mirror columns, mirror rows, quarter turns
+Network = Callable[[Tensor], Tensor]  # pixels (B, bands, S, S) to probabilities (B, K, S, S)
+Segment = Callable[[np.ndarray], Tensor]  # the same, from raw pixels in memory
 GSD_RATIO = 1.5  # a scene's metres per pixel to the training scenes': beyond, a warning
+WAITING = 2  # batches of predictions that wait for the thread that blends and writes
 
 
-class InferenceError(Exception):
-    """Scenes that could not be mapped; the others were."""
-
-    exit_code = 3
-
-
-def views(tta: TTA) -> list[Flip]:
+def views(tta: TTA) -> list[Turn]:
     """The ways to lay a tile, the first as it is: flips, and quarter turns of each.
 
-    A flip in both axes is a half turn, so with both flips quarter turns make eight views, not more.
-
-    >>> views(TTA(horizontal_flip=True, vertical_flip=True))
-    [(False, False, 0), (True, False, 0), (False, True, 0), (True, True, 0)]
-    >>> len(views(TTA(horizontal_flip=True, vertical_flip=True, rotate90=True)))
-    8
+    >>> views(TTA(vertical_flip=True))[1]
+    Turn(hflip=False, vflip=True, quarters=0)
     """
-    cols = (False, True) if tta.horizontal_flip else (False,)
-    rows = (False, True) if tta.vertical_flip else (False,)
-    turns = (0, 1, 2, 3) if tta.rotate90 else (0,)
-    found: dict[bytes, Flip] = {}
-    for turn in turns:
-        for row in rows:
-            for col in cols:
-                laid = lay(torch.arange(4).view(2, 2), (col, row, turn))
-                found.setdefault(laid.numpy().tobytes(), (col, row, turn))
-    return list(found.values())
+    return distinct_turns(tta.horizontal_flip, tta.vertical_flip, tta.rotate90)
 
 
-def lay(tensor: Tensor, flip: Flip) -> Tensor:
-    """A tensor (..., rows, cols) mirrored, then turned.
+def segment_on(
+    device: torch.device, precision: str, network: Network, turns: Sequence[Turn]
+) -> Segment:
+    """A network as a function of pixels in memory: they go up raw, probabilities stay there."""
 
-    >>> lay(torch.tensor([[1, 2], [3, 4]]), (True, False, 1)).tolist()
-    [[1, 3], [2, 4]]
+    def segment(images: np.ndarray) -> Tensor:
+        with torch.inference_mode(), autocast(device, precision):
+            return mean_of_views(network, upload(images, device), turns, most_at_once(device))
+
+    return segment
+
+
+def mean_of_views(
+    network: Network, pixels: Tensor, turns: Sequence[Turn], most: int | None = None
+) -> Tensor:
+    """Probabilities (B, K, S, S) averaged over the views, each laid back; all views are one batch.
+
+    most: images that the network is given at once, None for all.
     """
-    axes = [axis for axis, wanted in ((-1, flip[0]), (-2, flip[1])) if wanted]
-    return torch.rot90(tensor.flip(axes), flip[2], (-2, -1))
+    laid = torch.cat([turn.apply(pixels) for turn in turns]) if len(turns) > 1 else pixels
+    total = None
+    for first in range(0, len(laid), most or len(laid)):
+        found = network(laid[first : first + (most or len(laid))])
+        if len(found) == len(laid) == len(pixels):
+            return found
+        if total is None:
+            total = found.new_zeros(len(pixels), *found.shape[1:])
+        for number, probabilities in enumerate(found, start=first):
+            view, place = divmod(number, len(pixels))
+            total[place] += turns[view].undo(probabilities)
+    return total / len(turns)
 
 
-def lay_back(tensor: Tensor, flip: Flip) -> Tensor:
-    """The inverse of `lay`.
-
-    >>> lay_back(lay(torch.tensor([[1, 2], [3, 4]]), (True, False, 1)), (True, False, 1)).tolist()
-    [[1, 2], [3, 4]]
-    """
-    axes = [axis for axis, wanted in ((-1, flip[0]), (-2, flip[1])) if wanted]
-    return torch.rot90(tensor, -flip[2], (-2, -1)).flip(axes)
-
-
-def mean_of_views(segment: Segment, pixels: Tensor, flips: Sequence[Flip]) -> Tensor:
-    """Probabilities (B, K, S, S) averaged over the views, each laid back."""
-    total = sum(lay_back(segment(lay(pixels, flip)), flip) for flip in flips)
-    return total / len(flips)
-
-
-class Prediction(NamedTuple):
-    """A tile's probabilities (K, size, size), None where it has no valid pixel, and its mask."""
-
-    tile: Tile
-    probabilities: Tensor | None
-    valid: np.ndarray
-
-
-def predict_tiles(
-    scene: Scene, plan: Sequence[Tile], segment: Segment, batch_size: int, device: torch.device
-) -> Iterator[Prediction]:
-    """Read tiles, run the network on batches of those that have a valid pixel, keep the order."""
-    for group in batched(plan, batch_size):
-        pixels = [scene.read(tile) for tile in group]
-        seen = [number for number, read in enumerate(pixels) if read.valid.any()]
-        found: dict[int, Tensor] = {}
-        if seen:
-            images = torch.from_numpy(np.stack([pixels[number].image for number in seen]))
-            with torch.inference_mode(), autocast(device, "fp32"):
-                found = dict(zip(seen, segment(images.to(device)), strict=True))
-        for number, (tile, read) in enumerate(zip(group, pixels, strict=True)):
-            yield Prediction(tile, found.get(number), read.valid)
-
-
-def classes_of(rows: Rows) -> np.ndarray:
-    """The most probable class of each pixel, nodata where not valid."""
-    classes = rows.probabilities.argmax(0).cpu().numpy()
-    classes[~rows.valid] = map_nodata(len(rows.probabilities))
-    return classes
-
-
-def shares_of(rows: Rows) -> np.ndarray:
-    """The probability of each class as bytes, (classes, n, width)."""
-    return share_bytes(rows.probabilities.clamp(0, 1).cpu().numpy(), rows.valid)
-
-
-def confidence_of(rows: Rows) -> np.ndarray:
-    """The winning class's probability as bytes, (n, width)."""
-    return share_bytes(rows.probabilities.amax(0).clamp(0, 1).cpu().numpy(), rows.valid)
-
-
-class Product(NamedTuple):
-    """One raster to write: where, what its bands are, and how they come from finished rows."""
-
-    path: Path
-    content: Content
-    of: Callable[[Rows], np.ndarray]
+def predict_batch(
+    group: Sequence[Tile], found: Sequence[Pixels], segment: Segment
+) -> list[Prediction]:
+    """Run the network on those of some tiles that have a valid pixel."""
+    seen = [number for number, pixels in enumerate(found) if pixels.valid.any()]
+    answers: dict[int, Tensor] = {}
+    if seen:
+        images = np.stack([found[number].image for number in seen])
+        answers = dict(zip(seen, segment(images), strict=True))
+    return [
+        Prediction(tile, answers.get(number), pixels.valid)
+        for number, (tile, pixels) in enumerate(zip(group, found, strict=True))
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,29 +143,6 @@ def trained_as(
     return Trained(legend, reading, checkpoint.ground_gsd, tags, precision)
 
 
-def raster_path(path: Path, name: str, several: bool) -> Path:
-    """Where a scene's raster goes: the configured path, for several scenes a file in that folder.
-
-    >>> raster_path(Path("maps"), "north", several=True).as_posix()
-    'maps/north.tif'
-    """
-    return path / f"{name}.tif" if several else path
-
-
-def products_of(section: Inference, name: str, several: bool, legend: Legend) -> list[Product]:
-    """The rasters to write for a scene; with several scenes the configured paths are folders."""
-    wanted = [
-        (section.output_tif, class_map(legend), classes_of),
-        (section.probabilities, probability_map(legend), shares_of),
-        (section.confidence, confidence_map(), confidence_of),
-    ]
-    return [
-        Product(raster_path(path, name, several), content, of)
-        for path, content, of in wanted
-        if path is not None
-    ]
-
-
 def polygons_path(section: Inference, name: str, several: bool) -> Path | None:
     """Where a scene's polygons go, if they are wanted.
 
@@ -221,7 +155,7 @@ def polygons_path(section: Inference, name: str, several: bool) -> Path | None:
 
 
 def predict_scenes(
-    section: Inference, scenes: Sequence[SceneFile], segment: Segment, trained: Trained,
+    section: Inference, scenes: Sequence[SceneFile], network: Network, trained: Trained,
     device: torch.device, log: VerbosityLogger,
 ) -> None:  # fmt: skip
     """Map every scene; finished maps are kept, failures are listed and stop nothing else."""
@@ -234,7 +168,7 @@ def predict_scenes(
             log.info(f"inference: {scene.name}: {output} is there already, kept")
             continue
         try:
-            predict_scene(section, scene, several, segment, trained, device, log)
+            predict_scene(section, scene, several, network, trained, device, log)
             log.info(f"inference: map in {output}")
         except (RasterError, MapError, PolygonError) as error:
             if len(scenes) == 1 or isinstance(error, UnwrittenError):
@@ -285,7 +219,7 @@ def is_finished(section: Inference, name: str, trained: Trained) -> bool:
 
 
 def predict_scene(
-    section: Inference, file: SceneFile, several: bool, segment: Segment, trained: Trained,
+    section: Inference, file: SceneFile, several: bool, network: Network, trained: Trained,
     device: torch.device, log: VerbosityLogger,
 ) -> None:  # fmt: skip
     """Map one scene on its own grid; a product gets its name when it is whole."""
@@ -293,9 +227,9 @@ def predict_scene(
     with open_scene(file.path, trained.reading, file.name) as scene:
         warn_of_gsd(scene, trained, log)
         if scene.grid == scene.own_grid:
-            write_products(section, scene, products, segment, trained, device, log)
+            write_products(section, scene, products, network, trained, device, log)
         else:
-            resample_products(section, scene, file, products, segment, trained, device, log)
+            resample_products(section, scene, file, products, network, trained, device, log)
     if (polygons := polygons_path(section, file.name, several)) is not None:
         names = trained.legend.names
         count = write_polygons(
@@ -317,46 +251,77 @@ def warn_of_gsd(scene: Scene, trained: Trained, log: VerbosityLogger) -> None:
 
 
 def write_products(
-    section: Inference, scene: Scene, products: Sequence[Product], segment: Segment,
+    section: Inference, scene: Scene, products: Sequence[Product], network: Network,
     trained: Trained, device: torch.device, log: VerbosityLogger,
 ) -> None:  # fmt: skip
     """Predict a scene on the grid it is read on."""
-    grid, flips = scene.grid, views(section.tta)
+    work = plan_of(section, scene, products, trained, log)
+    segment = segment_on(device, trained.precision, network, views(section.tta))
+    with contextlib.ExitStack() as stack:
+        sheets = []
+        for product in products:
+            writer = MapWriter(
+                product.path, scene.grid, product.content, section.format, trained.tags
+            )
+            sheets.append(Sheet(product, stack.enter_context(writer), section.tile_size))
+        count = len(trained.legend.names)
+        mosaic = mosaic_of(section, scene.grid, count, device, sheets)
+        readers = [reader_of(scene) for _ in range(section.readers)]
+        predict_tiles(section, work, readers, segment, mosaic, device, log)
+
+
+@contextlib.contextmanager
+def reader_of(scene: Scene) -> Iterator[Callable[[Tile], Pixels]]:
+    """A handle of its own on a scene, to read tiles by."""
+    with open_scene(scene.path, scene.reading, scene.name) as own:
+        yield own.read
+
+
+def plan_of(
+    section: Inference, scene: Scene, products: Sequence[Product], trained: Trained,
+    log: VerbosityLogger,
+) -> list[tuple[Strip, Tile]]:  # fmt: skip
+    """The tiles to predict, in order, each with the columns that it is for."""
+    grid = scene.grid
     plan = tiles(grid.height, grid.width, section.tile_size, section.overlap)
+    parts = strips_of(section, grid, products, len(trained.legend.names))
+    work = [(strip, tile) for strip in parts for tile in plan if strip.meets(tile)]
     log.info(
         f"inference: {scene.path.name}, {grid.height}×{grid.width} pixels, "
-        f"{len(plan)} tiles of {section.tile_size}, {len(flips)} view(s)"
+        f"{len(plan)} tiles of {section.tile_size}, {len(views(section.tta))} view(s)"
     )
-    count = len(trained.legend.names)
-    blend = Blend(
-        grid.height, grid.width, section.tile_size, section.overlap, count, device, section.blend
-    )
-    predictions = predict_tiles(
-        scene, plan, lambda images: mean_of_views(segment, images, flips), section.batch_size,
-        device,
-    )  # fmt: skip
-    with contextlib.ExitStack() as stack:
-        writers = [
-            stack.enter_context(
-                MapWriter(each.path, grid, each.content, section.format, trained.tags)
-            )
-            for each in products
-        ]
-        work = log.progress(predictions, "inference", total=len(plan), unit="tile", every=50)
-        for tile, probabilities, valid in work:
-            _append(blend.feed(tile, probabilities, valid), products, writers)
-        _append(blend.finish(grid.height), products, writers)
+    if len(parts) > 1:
+        log.info(
+            f"inference: {len(parts)} strips to stay within {section.max_memory} MB "
+            f"(inference.max_memory); {len(work) - len(plan)} tiles between them are mapped twice"
+        )
+    return work
 
 
-def _append(rows: Rows, products: Sequence[Product], writers: Sequence[MapWriter]) -> None:
-    if len(rows.valid):
-        for product, writer in zip(products, writers, strict=True):
-            writer.write(product.of(rows))
+def predict_tiles(
+    section: Inference, work: Sequence[tuple[Strip, Tile]],
+    readers: Sequence[contextlib.AbstractContextManager], segment: Segment, mosaic: Mosaic,
+    device: torch.device, log: VerbosityLogger,
+) -> None:  # fmt: skip
+    """Run the network over tiles that other threads read before and blend behind it."""
+    size = min(section.batch_size, most_at_once(device) or section.batch_size)
+    plan = [tile for _, tile in work]
+
+    def blend(strips: Sequence[Strip], predictions: Sequence[Prediction]) -> None:
+        for strip, prediction in zip(strips, predictions, strict=True):
+            mosaic.take(strip, prediction)
+
+    with behind(WAITING) as hand, ahead(readers, plan, 2 * size) as found:
+        steps = log.progress(zip(work, found, strict=True), "inference", len(work), "tile", 50)
+        for batch in batched(steps, size):
+            places, pixels = zip(*batch, strict=True)
+            strips, group = zip(*places, strict=True)
+            hand(blend, strips, predict_batch(group, pixels, segment))
 
 
 def resample_products(
     section: Inference, scene: Scene, file: SceneFile, products: Sequence[Product],
-    segment: Segment, trained: Trained, device: torch.device, log: VerbosityLogger,
+    network: Network, trained: Trained, device: torch.device, log: VerbosityLogger,
 ) -> None:  # fmt: skip
     """Predict at dataset.gsd into drafts, then write these on the scene's own grid."""
     drafts = [
@@ -365,7 +330,7 @@ def resample_products(
     ]
     plain = section.model_copy(update={"format": "gtiff"})
     try:
-        write_products(plain, scene, drafts, segment, trained, device, log)
+        write_products(plain, scene, drafts, network, trained, device, log)
         own = replace(trained.reading, gsd=None)
         with open_scene(file.path, own, file.name) as source:
             for draft, product in zip(drafts, products, strict=True):

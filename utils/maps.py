@@ -227,8 +227,14 @@ class MapWriter:
         self.path = path
         self._grid, self._content, self._format = grid, content, format
         self._tags = dict(tags or {})
-        self._block = np.empty((len(content.bands), BLOCK, grid.width), content.dtype)
-        self._filled = self._written = 0
+        self._area = 0  # pixels written
+        self.begin(0, grid.width)
+
+    def begin(self, start: int, stop: int) -> None:
+        """Go on with other columns, from the top; blocks are whole where `start` is one's edge."""
+        shape = (len(self._content.bands), BLOCK, stop - start)
+        self._block = np.empty(shape, self._content.dtype)
+        self._col, self._filled, self._written = start, 0, 0
 
     def __enter__(self) -> "MapWriter":
         if self.path.is_dir():
@@ -264,7 +270,7 @@ class MapWriter:
             self._dataset.write_colormap(1, colors | {content.nodata: (0, 0, 0, 0)})
 
     def write(self, rows: np.ndarray) -> None:
-        """Append finished rows, (n, width) or (bands, n, width)."""
+        """Append finished rows of the columns begun, (n, width) or (bands, n, width)."""
         rows = rows[None] if rows.ndim == 2 else rows
         left = self._grid.height - self._written - self._filled
         if rows.shape[::2] != self._block.shape[::2] or rows.shape[1] > left:
@@ -278,15 +284,17 @@ class MapWriter:
                 self._flush()
 
     def _flush(self) -> None:
-        window = Window(0, self._written, self._grid.width, self._filled)
+        window = Window(self._col, self._written, self._block.shape[2], self._filled)
         with _naming(self.path):
             self._dataset.write(self._block[:, : self._filled], window=window)
+        self._area += self._filled * self._block.shape[2]
         self._written += self._filled
         self._filled = 0
 
     def _finish(self) -> None:
-        if self._written != self._grid.height:
-            raise ValueError(f"{self.path}: {self._written} rows of {self._grid.height} written")
+        if self._area != self._grid.height * self._grid.width:
+            of = f"{self._grid.height} rows of {self._grid.width}"
+            raise ValueError(f"{self.path}: {self._area} pixels written, expected {of}")
         with _naming(self.path):
             self._dataset.close()
             whole = self._folder / "map.tif"

@@ -1,8 +1,9 @@
 """Prepare: scenes and labels → frozen features → one file per tile."""
 
+import contextlib
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -29,7 +30,7 @@ from utils.cache import (
     write_manifest,
     write_tile,
 )
-from utils.distributed import Runtime, autocast, precision_of
+from utils.distributed import Runtime, autocast, most_at_once, precision_of, upload
 from utils.label_values import LabelRules, label_rules
 from utils.labels import (
     Labels,
@@ -44,9 +45,11 @@ from utils.maps import legend_of
 from utils.raster import RasterError, Reading, Scene, ground_gsd, open_scene
 from utils.sampling import class_counts
 from utils.scenes import SceneFile, band_ranges, default_bands, find_scenes
+from utils.streaming import ahead, behind
 from utils.tiling import Tile, batched, repeated, tiles
 
-Encode = Callable[[Tensor], list[Tensor]]
+Encode = Callable[[np.ndarray], list[Tensor]]
+WAITING = 1  # batches of features that wait for the thread that writes
 MADE, REUSED = "made", "reused"
 UNLABELLED, INVALID, SPARSE, BACKGROUND = (
     "without a labelled pixel",
@@ -56,12 +59,17 @@ UNLABELLED, INVALID, SPARSE, BACKGROUND = (
 )
 
 
-class RawTile(NamedTuple):
-    """A tile read but not encoded yet: image (bands, S, S) uint8, label (S, S) int32."""
+class ReadTile(NamedTuple):
+    """A tile that was looked at, and its labelled pixels by class if it is kept.
+
+    image (bands, S, S) uint8 and label (S, S) come with a tile whose fate is to be MADE.
+    """
 
     name: str
-    image: np.ndarray
-    label: np.ndarray
+    fate: str
+    counts: list[int] | None = None
+    image: np.ndarray | None = None
+    label: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +86,15 @@ class Sources:
 class Tally:
     """What became of this rank's tiles: pixels per class of each kept one, and how many of what."""
 
-    def __init__(self, manifest: Manifest) -> None:
-        self.num_classes = manifest.num_classes
-        self.ignore_index = manifest.ignore_index
+    def __init__(self) -> None:
         self.tiles: dict[str, list[int]] = {}
         self.fates: Counter[str] = Counter()
 
-    def keep(self, name: str, label: Tensor, fate: str) -> None:
-        """Count a cached tile and its label."""
-        self.tiles[name] = class_counts(label, self.num_classes, self.ignore_index).tolist()
-        self.fates[fate] += 1
+    def add(self, tile: ReadTile) -> None:
+        """Count one more tile."""
+        self.fates[tile.fate] += 1
+        if tile.counts is not None:
+            self.tiles[tile.name] = tile.counts
 
     def merge(self, others: Sequence["Tally"]) -> None:
         """Take in what the other ranks counted."""
@@ -175,47 +182,63 @@ def prepare(
 ) -> None:  # fmt: skip
     """Cache image, features and label of every tile that has labelled pixels enough.
 
-    wanted: what the cache is to be; encode: (B, bands, S, S) uint8 pixels on the CPU to feature
-    maps. Ranks share the tiles.
+    wanted: what the cache is to be; encode: (B, bands, S, S) uint8 pixels to feature maps. Ranks
+    share the tiles.
     """
     folder = section.processed_dir
     if run.is_main:
         _open_cache(folder, sources, wanted, log)
     run.wait()
-    tally = Tally(wanted)
-    total = len(range(run.rank, _count_tiles(sources, section.tile_size), run.world_size))
-    pending = _read_tiles(sources, section, wanted, tally, seed, run)
-    work = log.progress(pending, "prepare", total=total, unit="tile", every=50)
-    for batch in batched((tile for tile in work if tile is not None), section.batch_size):
-        features = encode(torch.from_numpy(np.stack([tile.image for tile in batch])))
-        for number, tile in enumerate(batch):
-            label = torch.from_numpy(tile.label).to(wanted.label_dtype)
-            image = torch.from_numpy(tile.image)
-            write_tile(folder, tile.name, image, [level[number] for level in features], label)
-            tally.keep(tile.name, label, MADE)
+    work = list(_work(sources, section.tile_size))[run.rank :: run.world_size]
+    tally = Tally()
+    with contextlib.ExitStack() as stack:
+        readers = [TileReader(sources, section, wanted, seed) for _ in range(section.readers)]
+        hand = stack.enter_context(behind(WAITING))
+        found = stack.enter_context(ahead(readers, work, 2 * section.batch_size))
+        steps = log.progress(found, "prepare", total=len(work), unit="tile", every=50)
+        for batch in batched(_to_make(steps, tally), section.batch_size):
+            features = encode(np.stack([tile.image for tile in batch]))
+            hand(_write_tiles, folder, batch, features)
     tally.merge(run.gather(tally))
     if run.is_main:
         _close_cache(folder, tally, sources, log)
     run.wait()
 
 
+def _to_make(found: Iterable[ReadTile], tally: Tally) -> Iterator[ReadTile]:
+    """The tiles that need features; all of them are counted."""
+    for tile in found:
+        tally.add(tile)
+        if tile.fate == MADE:
+            yield tile
+
+
+def _write_tiles(folder: Path, batch: Sequence[ReadTile], features: Sequence[Tensor]) -> None:
+    for number, tile in enumerate(batch):
+        image = torch.from_numpy(tile.image)
+        write_tile(folder, tile.name, image, [level[number] for level in features], tile.label)
+
+
 def encode_on(device: torch.device, precision: str, backbone: torch.nn.Module) -> Encode:
     """The backbone as a function of CPU pixels: upload raw pixels, compute on the device."""
     backbone = backbone.to(device)
 
-    def encode(pixels: Tensor) -> list[Tensor]:
+    def encode(images: np.ndarray) -> list[Tensor]:
+        groups = upload(images, device).split(most_at_once(device) or len(images))
         with torch.inference_mode(), autocast(device, precision):
-            return backbone(pixels.to(device))
+            parts = [backbone(group) for group in groups]
+        return [torch.cat(levels) for levels in zip(*parts, strict=True)]
 
     return encode
 
 
-def _count_tiles(sources: Sources, size: int) -> int:
-    count = 0
-    for name, path in sources.scenes:
-        with open_scene(path, sources.reading, name) as scene:
-            count += len(tiles(scene.grid.height, scene.grid.width, size))
-    return count
+def _work(sources: Sources, size: int) -> Iterator[tuple[SceneFile, Tile]]:
+    """Every tile of every scene, in order."""
+    for file in sources.scenes:
+        with open_scene(file.path, sources.reading, file.name) as scene:
+            grid = scene.grid
+        for tile in tiles(grid.height, grid.width, size):
+            yield file, tile
 
 
 def _open_cache(folder: Path, sources: Sources, wanted: Manifest, log: VerbosityLogger) -> None:
@@ -245,42 +268,49 @@ def _open_cache(folder: Path, sources: Sources, wanted: Manifest, log: Verbosity
         log.info(f"{name}: changed since it was cached; its tiles are made again")
 
 
-def _read_tiles(
-    sources: Sources, section: Prepare, wanted: Manifest, tally: Tally, seed: int, run: Runtime
-) -> Iterator[RawTile | None]:
-    """This rank's tiles of all scenes, one by one; None for a tile that needs no features."""
-    number = 0
-    for name, path in sources.scenes:
-        with (
-            open_scene(path, sources.reading, name) as scene,
-            open_labels(sources.labels, scene, sources.rules) as labels,
-        ):
-            for tile in tiles(scene.grid.height, scene.grid.width, section.tile_size):
-                if number % run.world_size == run.rank:
-                    yield _read_tile(scene, labels, tile, section, wanted, tally, seed)
-                number += 1
+class TileReader(contextlib.AbstractContextManager):
+    """Reads tiles one by one; keeps the scene and the labels open that it read last."""
 
+    def __init__(self, sources: Sources, section: Prepare, wanted: Manifest, seed: int) -> None:
+        self.sources, self.section, self.wanted, self.seed = sources, section, wanted, seed
+        self._file: SceneFile | None = None
+        self._open = contextlib.ExitStack()
 
-def _read_tile(
-    scene: Scene, labels: Labels, tile: Tile, section: Prepare, wanted: Manifest, tally: Tally,
-    seed: int,
-) -> RawTile | None:  # fmt: skip
-    name = f"{scene.name}__{tile.name}"
-    cached = cached_label(tile_path(section.processed_dir, name), wanted)
-    if cached is not None:
-        tally.keep(name, cached, REUSED)
-        return None
-    ids = own_label(labels, tile)
-    if (ids == wanted.ignore_index).all():
-        tally.fates[UNLABELLED] += 1
-        return None
-    image, valid = scene.read(tile)
-    ids[~valid] = wanted.ignore_index
-    fate = fate_of(ids, valid, section, wanted, f"{seed} {name}")
-    if fate is not None:
-        tally.fates[fate] += 1
-        return None
-    return RawTile(name, image, ids)
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def __call__(self, item: tuple[SceneFile, Tile]) -> ReadTile:
+        """What becomes of a tile, with image and label where it is to be made."""
+        file, tile = item
+        name = f"{file.name}__{tile.name}"
+        cached = cached_label(tile_path(self.section.processed_dir, name), self.wanted)
+        if cached is not None:
+            return ReadTile(name, REUSED, self._counts(cached))
+        scene, labels = self._opened(file)
+        ids = own_label(labels, tile)
+        if (ids == self.wanted.ignore_index).all():
+            return ReadTile(name, UNLABELLED)
+        image, valid = scene.read(tile)
+        ids[~valid] = self.wanted.ignore_index
+        fate = fate_of(ids, valid, self.section, self.wanted, f"{self.seed} {name}")
+        if fate is not None:
+            return ReadTile(name, fate)
+        label = torch.from_numpy(ids).to(self.wanted.label_dtype)
+        return ReadTile(name, MADE, self._counts(label), image, label)
+
+    def _counts(self, label: Tensor) -> list[int]:
+        wanted = self.wanted
+        return class_counts(label, wanted.num_classes, wanted.ignore_index).tolist()
+
+    def _opened(self, file: SceneFile) -> tuple[Scene, Labels]:
+        if file != self._file:
+            self._open.close()
+            sources = self.sources
+            scene = self._open.enter_context(open_scene(file.path, sources.reading, file.name))
+            labels = open_labels(sources.labels, scene, sources.rules)
+            self._scene, self._labels = scene, self._open.enter_context(labels)
+            self._file = file
+        return self._scene, self._labels
 
 
 def fate_of(

@@ -27,12 +27,20 @@ class Turn:
         return [axis for axis, wanted in ((-1, self.hflip), (-2, self.vflip)) if wanted]
 
     def apply(self, tensor: Tensor) -> Tensor:
-        """The tensor (..., rows, columns) mirrored, then turned."""
-        return torch.rot90(tensor.flip(self._axes), self.quarters, (-2, -1))
+        """The tensor (..., rows, columns) mirrored, then turned; itself where neither is asked."""
+        return _turned(_mirrored(tensor, self._axes), self.quarters)
 
     def undo(self, tensor: Tensor) -> Tensor:
         """The inverse of `apply`."""
-        return torch.rot90(tensor, -self.quarters, (-2, -1)).flip(self._axes)
+        return _mirrored(_turned(tensor, -self.quarters), self._axes)
+
+
+def _mirrored(tensor: Tensor, axes: list[int]) -> Tensor:
+    return tensor.flip(axes) if axes else tensor
+
+
+def _turned(tensor: Tensor, quarters: int) -> Tensor:
+    return torch.rot90(tensor, quarters, (-2, -1)) if quarters % 4 else tensor
 
 
 def distinct_turns(hflip: bool, vflip: bool, rotate: bool) -> list[Turn]:

@@ -1,0 +1,178 @@
+"""What a scene's map consists of: rasters that grow as blended pixels are finished."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import Inference
+from utils.blending import Blend, Part, Strip, carried_rows, strips
+from utils.maps import (
+    BLOCK,
+    Content,
+    Legend,
+    MapWriter,
+    class_map,
+    confidence_map,
+    map_nodata,
+    probability_map,
+    share_bytes,
+)
+from utils.raster import Grid
+from utils.tiling import Tile, stride_of
+
+MB = 10**6
+
+
+class InferenceError(Exception):
+    """Scenes that could not be mapped; the others were."""
+
+    exit_code = 3
+
+
+class Product(NamedTuple):
+    """One raster to write: where, what its bands are, and how they come from finished pixels."""
+
+    path: Path
+    content: Content
+    of: Callable[[Part], np.ndarray]
+
+
+class Prediction(NamedTuple):
+    """A tile's probabilities (K, size, size), None where it has no valid pixel, and its mask."""
+
+    tile: Tile
+    probabilities: Tensor | None
+    valid: np.ndarray
+
+
+def best_class(probabilities: Tensor) -> Tensor:
+    """The most probable class (height, width) of (K, height, width), of equal ones the first.
+
+    torch's argmax over the first axis takes one value at a time on a CPU.
+
+    >>> best_class(torch.tensor([[[0.2, 0.4]], [[0.5, 0.4]], [[0.3, 0.2]]])).tolist()
+    [[1, 0]]
+    """
+    if probabilities.device.type != "cpu":
+        return probabilities.argmax(0)
+    top = probabilities.amax(0)
+    dtype = torch.uint8 if len(probabilities) <= 256 else torch.int32
+    classes = torch.zeros(top.shape, dtype=dtype)
+    for number in reversed(range(len(probabilities))):
+        classes.masked_fill_(probabilities[number] == top, number)
+    return classes
+
+
+def classes_of(part: Part) -> np.ndarray:
+    """The most probable class of each pixel, nodata where not valid."""
+    nodata = map_nodata(len(part.probabilities))
+    if not part.valid.any():
+        return np.full(part.valid.shape, nodata)
+    return np.where(part.valid, best_class(part.probabilities).cpu().numpy(), nodata)
+
+
+def shares_of(part: Part) -> np.ndarray:
+    """The probability of each class as bytes, (classes, height, width)."""
+    return share_bytes(part.probabilities.clamp(0, 1).cpu().numpy(), part.valid)
+
+
+def confidence_of(part: Part) -> np.ndarray:
+    """The winning class's probability as bytes, (height, width)."""
+    return share_bytes(part.probabilities.amax(0).clamp(0, 1).cpu().numpy(), part.valid)
+
+
+def raster_path(path: Path, name: str, several: bool) -> Path:
+    """Where a scene's raster goes: the configured path, for several scenes a file in that folder.
+
+    >>> raster_path(Path("maps"), "north", several=True).as_posix()
+    'maps/north.tif'
+    """
+    return path / f"{name}.tif" if several else path
+
+
+def products_of(section: Inference, name: str, several: bool, legend: Legend) -> list[Product]:
+    """The rasters to write for a scene; with several scenes the configured paths are folders."""
+    wanted = [
+        (section.output_tif, class_map(legend), classes_of),
+        (section.probabilities, probability_map(legend), shares_of),
+        (section.confidence, confidence_map(), confidence_of),
+    ]
+    return [
+        Product(raster_path(path, name, several), content, of)
+        for path, content, of in wanted
+        if path is not None
+    ]
+
+
+class Sheet:
+    """A product on its way to disk: finished parts, side by side, become rows."""
+
+    def __init__(self, product: Product, writer: MapWriter, most_rows: int) -> None:
+        self._product, self._writer, self._most_rows = product, writer, most_rows
+
+    def begin(self, strip: Strip) -> None:
+        """Go on with other columns, from the top."""
+        content = self._product.content
+        shape = (len(content.bands), self._most_rows, strip.stop - strip.start)
+        self._first, self._rows = strip.start, np.empty(shape, content.dtype)
+        self._writer.begin(strip.start, strip.stop)
+
+    def put(self, part: Part) -> None:
+        """Take a part; write the rows when it is the last of them."""
+        height, width, start = part.place.height, part.place.width, part.place.col - self._first
+        self._rows[:, :height, start : start + width] = self._product.of(part)
+        if start + width == self._rows.shape[2]:
+            self._writer.write(self._rows[:, :height])
+
+
+class Mosaic:
+    """Takes predictions tile by tile, blends them and puts what is finished on each sheet.
+
+    blend: makes the blend of a strip. Its methods are called by one thread only.
+    """
+
+    def __init__(self, blend: Callable[[Strip], Blend], sheets: Sequence[Sheet]) -> None:
+        self._blend_of, self._sheets = blend, sheets
+        self._blend: Blend | None = None
+
+    def take(self, strip: Strip, prediction: Prediction) -> None:
+        """Add the next tile of a strip; a strip follows when the one before is whole."""
+        if self._blend is None or self._blend.strip != strip:
+            self._blend = None  # first, so that two strips are never held at once
+            self._blend = self._blend_of(strip)
+            for sheet in self._sheets:
+                sheet.begin(strip)
+        part = self._blend.feed(*prediction)
+        if part is None:
+            return
+        if not torch.isfinite(part.probabilities.sum()):
+            raise InferenceError(
+                f"tile {prediction.tile.name}: probabilities are not finite; the head's or the "
+                "backbone's weights are damaged, or resources.precision does not suit them"
+            )
+        for sheet in self._sheets:
+            sheet.put(part)
+
+
+def mosaic_of(
+    section: Inference, grid: Grid, num_classes: int, device: torch.device, sheets: Sequence[Sheet]
+) -> Mosaic:
+    """The mosaic of a scene as the configuration wants it blended."""
+    whole = (grid.height, grid.width, section.tile_size, section.overlap, num_classes, device)
+    return Mosaic(partial(Blend, *whole, section.blend), sheets)
+
+
+def strips_of(
+    section: Inference, grid: Grid, products: Sequence[Product], num_classes: int
+) -> list[Strip]:
+    """The columns that are mapped together, so that what waits fits `inference.max_memory`."""
+    size = section.tile_size
+    waiting = 4 * num_classes * carried_rows(grid.height, size, stride_of(size, section.overlap))
+    rows = min(size, grid.height) + BLOCK  # of a row of tiles, and of the block being filled
+    written = sum(len(p.content.bands) * np.dtype(p.content.dtype).itemsize for p in products)
+    return strips(grid.width, waiting + rows * written, section.max_memory * MB, BLOCK)

@@ -1,0 +1,95 @@
+"""Threads beside the one that computes: some read ahead of it, one writes behind it.
+
+Both keep the order and hold a bounded number of items, so that memory does not grow where one side
+is slower. What goes wrong in a thread is raised in the one that computes.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import cycle
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@contextmanager
+def ahead(
+    readers: Sequence[AbstractContextManager[Callable[[Item], Result]]],
+    items: Iterable[Item],
+    depth: int,
+) -> Iterator[Iterator[Result]]:
+    """What readers make of items, in order, from a thread for each of the readers.
+
+    A reader is entered, called and left in its own thread, as rasterio's handles want it. `depth`:
+    results that are held or under way.
+
+    >>> from contextlib import nullcontext
+    >>> squares = [nullcontext(lambda number: number**2)] * 2
+    >>> with ahead(squares, range(5), depth=3) as results:
+    ...     list(results)
+    [0, 1, 4, 9, 16]
+    """
+    pending: deque[Future[Result]] = deque()
+
+    def results() -> Iterator[Result]:
+        for item, submit in zip(items, cycle(threads), strict=False):
+            pending.append(submit(item))
+            if len(pending) >= depth:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+    with ExitStack() as stack:
+        threads = [stack.enter_context(_living_in_a_thread(reader)) for reader in readers]
+        try:
+            yield results()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+@contextmanager
+def _living_in_a_thread(
+    reader: AbstractContextManager[Callable[[Item], Result]],
+) -> Iterator[Callable[[Item], Future[Result]]]:
+    """A function that has a thread call the reader, which is opened and closed in it."""
+    held = ExitStack()
+    with ThreadPoolExecutor(1, "reader") as thread:
+        opened = thread.submit(held.enter_context, reader)
+        try:
+            yield lambda item: thread.submit(lambda: opened.result()(item))
+        finally:
+            thread.submit(held.close).result()
+
+
+@contextmanager
+def behind(depth: int) -> Iterator[Callable[..., None]]:
+    """A function that has another one called in a thread, in order, and returns at once.
+
+    It waits only where `depth` calls are pending. The block ends when all are done; after a failure
+    the calls that have not begun are dropped.
+
+    >>> written = []
+    >>> with behind(depth=2) as hand:
+    ...     for number in range(4):
+    ...         hand(written.append, number)
+    >>> written
+    [0, 1, 2, 3]
+    """
+    pending: deque[Future[Any]] = deque()
+
+    def hand(function: Callable[..., Any], *arguments: Any) -> None:
+        while pending and (len(pending) >= depth or pending[0].done()):
+            pending.popleft().result()
+        pending.append(pool.submit(function, *arguments))
+
+    pool = ThreadPoolExecutor(1, "writer")
+    try:
+        yield hand
+        while pending:
+            pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
