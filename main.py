@@ -105,9 +105,11 @@ def run_phases(config: Config, log: "VerbosityLogger") -> None:
     """Prepare, verify and train among the ranks; then the first one infers."""
     import torch
 
+    from utils.block_cache import make_room
     from utils.distributed import distributed
     from utils.logging import TimedBlock
 
+    make_room(config)
     torch.set_float32_matmul_precision(config.resources.matmul_precision)
     with distributed(config.resources) as run:
         for phase in (prepare, verify, train):

@@ -20,7 +20,7 @@ FLOORS = [
     },
     {
         "utils.process", "utils.distributed", "utils.burning", "utils.label_values",
-        "utils.splits", "utils.regions", "models.backbone", "models",
+        "utils.splits", "utils.regions", "utils.block_cache", "models.backbone", "models",
     },
     {
         "utils.labels", "utils.data", "utils.checkpoint", "utils.polygons", "utils.products",

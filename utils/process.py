@@ -13,7 +13,7 @@ def set_environment(config: Config) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     os.environ["OMP_NUM_THREADS"] = str(min(config.resources.omp_threads, share))
-    os.environ.setdefault("GDAL_CACHEMAX", "256")  # MB; GDAL's default is 5 % of the memory
+    os.environ.setdefault("GDAL_CACHEMAX", "64")  # MB; `utils.block_cache` enlarges it
 
 
 @contextlib.contextmanager
