@@ -17,6 +17,7 @@ from rasterio.errors import RasterioError
 from rasterio.transform import Affine
 from rasterio.warp import transform
 
+from utils.artefacts import write_artefact
 from utils.cache import Manifest, scene_of
 
 APART = 1e9  # metres between scenes that have no place on the Earth
@@ -167,7 +168,5 @@ def write_sides(
             geometry = json.loads(shapely.to_geojson(shapely.orient_polygons(polygon)))
         properties = {"tile": name, "side": sides.get(name, "dropped"), "classes": classes[name]}
         features.append({"type": "Feature", "properties": properties, "geometry": geometry})
-    temporary = path.with_name(f".{path.name}.tmp")
     text = json.dumps({"type": "FeatureCollection", "features": features})
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_artefact(path, f"{text}\n".encode())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from config import TTA, Inference
+from utils.artefacts import temporary_of
 from utils.blending import Strip
 from utils.checkpoint import Checkpoint
 from utils.distributed import autocast, most_at_once, upload
@@ -325,7 +326,7 @@ def resample_products(
 ) -> None:  # fmt: skip
     """Predict at dataset.gsd into drafts, then write these on the scene's own grid."""
     drafts = [
-        each._replace(path=each.path.with_name(f".{each.path.stem}.draft.tmp"))
+        each._replace(path=temporary_of(each.path))
         for each in products
     ]
     plain = section.model_copy(update={"format": "gtiff"})

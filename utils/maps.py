@@ -9,11 +9,11 @@ import contextlib
 import itertools
 import math
 import re
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 from xml.etree.ElementTree import Element, SubElement, tostring
 
@@ -24,6 +24,7 @@ from rasterio._err import CPLE_BaseError
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 
+from utils.artefacts import publish, temporary_of
 from utils.raster import Grid, RasterError, check_structure
 
 Color = tuple[int, int, int]
@@ -211,6 +212,7 @@ class MapWriter:
     needed, CRS and transform of the grid. Rows come in any number and leave in whole blocks.
 
     >>> grid = Grid(None, rasterio.Affine.scale(2, -2), height=3, width=2)
+    >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
     ...     with MapWriter(Path(folder, "map.tif"), grid, class_map(default_legend(2))) as output:
     ...         output.write(np.array([[0, 1], [1, 1], [255, 255]]))
@@ -242,8 +244,9 @@ class MapWriter:
         with _naming(self.path), contextlib.ExitStack() as stack:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # a folder of our own, so that GDAL's temporary files go with it whatever happens
-            folder = TemporaryDirectory(".tmp", f".{self.path.name}.", self.path.parent)
-            self._folder = Path(stack.enter_context(folder))
+            self._folder = temporary_of(self.path)
+            self._folder.mkdir()
+            stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
             self._dataset = rasterio.open(self._folder / "map.tif", "w", **self._profile())
             stack.callback(self._dataset.close)
             self._describe(self._content)
@@ -312,11 +315,11 @@ class MapWriter:
         aux, legend = self._folder / "map.aux.xml", self._content.legend
         if legend is not None:
             aux.write_text(sidecar(legend), encoding="utf-8")
-        whole.replace(self.path)
+        publish(whole, self.path)
         for ending in STALE:
             Path(f"{self.path}{ending}").unlink(missing_ok=True)
         if legend is not None:
-            aux.replace(f"{self.path}.aux.xml")
+            publish(aux, Path(f"{self.path}.aux.xml"))
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._stack:

@@ -8,7 +8,6 @@ share.
 
 import contextlib
 import json
-import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from rasterio.errors import RasterioError
 from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
+from utils.artefacts import replacing
 from utils.ground import Ground, PolygonError
 from utils.raster import Grid, grid_of, open_raster
 from utils.regions import Regions
@@ -240,16 +240,14 @@ def _layer(
 def _renamed(output: Path) -> Iterator[Path]:
     """A file beside `output` that takes its place when it is whole, and leaves nothing if not."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.stem}.{os.getpid()}.tmp{output.suffix}")
-    temporary.unlink(missing_ok=True)
-    try:
-        yield temporary
-        temporary.replace(output)
-        for journal in SQLITE:  # of the file that was replaced
-            output.with_name(output.name + journal).unlink(missing_ok=True)
-    finally:
-        for rest in ("", *SQLITE):
-            temporary.with_name(temporary.name + rest).unlink(missing_ok=True)
+    with replacing(output, output.suffix) as temporary:
+        try:
+            yield temporary
+        finally:
+            for journal in SQLITE:
+                temporary.with_name(temporary.name + journal).unlink(missing_ok=True)
+    for journal in SQLITE:  # of the file that was replaced
+        output.with_name(output.name + journal).unlink(missing_ok=True)
 
 
 def _write_geopackage(path: Path, name: str, ground: Ground, layer: Iterable[Features]) -> int:

@@ -1,0 +1,129 @@
+"""Files that are whole or absent, whatever happens while they are written.
+
+Nothing is opened for writing under its final name: a file is made under a temporary name in the
+same folder, brought to the disk, and then renamed, which replaces an older one at once or not at
+all. A symbolic link at that name is replaced, never followed. What killed processes leave behind is
+told by its name, and swept by the next run.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+NAME = re.compile(r"^\..*\.(?P<host>[^.]+)\.(?P<pid>[0-9]+)\.[0-9a-f]{8}\.tmp")
+LONGEST = 60  # characters of the final name in a temporary one: a file's name may have 255 bytes
+FORGOTTEN = 86400.0  # seconds after which another machine's temporary file is taken for left over
+
+
+def this_host() -> str:
+    """The machine's name as temporary files carry it."""
+    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname()) or "host"
+
+
+def temporary_of(path: Path, suffix: str = "") -> Path:
+    """A name beside `path` that no other process uses: hidden, with machine, process and chance.
+
+    >>> bool(NAME.match(temporary_of(Path("maps/north.tif")).name))
+    True
+    """
+    stem = f".{path.name[:LONGEST]}.{this_host()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    return path.with_name(f"{stem}{suffix}")
+
+
+def write_artefact(path: Path, write: bytes | Callable[[BinaryIO], None]) -> None:
+    """Write a file whole: bytes, or what a function writes into it; its folder is made.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     write_artefact(Path(folder, "cache", "manifest.json"), b"{}")
+    ...     [path.name for path in Path(folder, "cache").iterdir()]
+    ['manifest.json']
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:
+            if isinstance(write, bytes):
+                file.write(write)
+            else:
+                write(file)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
+    """A temporary path to write a file at; it becomes `path` when the block ends without error."""
+    temporary = temporary_of(path, suffix)
+    try:
+        yield temporary
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a finished file its name, once its content is on the disk."""
+    sync(temporary)
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some file systems sync no folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sweep(folder: Path) -> int:
+    """Delete what processes that are gone left half written in a folder; returns how much it was.
+
+    Those of this machine are gone if no process has their number; of another machine's files we
+    only know their age.
+    """
+    count = 0
+    for path in folder.iterdir() if folder.is_dir() else ():
+        found = NAME.match(path.name)
+        if found is None or not _left_over(path, found["host"], int(found["pid"])):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        count += 1
+    return count
+
+
+def _left_over(path: Path, host: str, pid: int) -> bool:
+    if host == this_host():
+        return pid != os.getpid() and not is_running(pid)
+    with contextlib.suppress(FileNotFoundError):
+        return time.time() - path.lstat().st_mtime > FORGOTTEN
+    return False
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process of this machine has this number.
+
+    >>> is_running(os.getpid()), is_running(2**22 + 1)
+    (True, False)
+    """
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
