@@ -18,8 +18,10 @@ import rasterio.shutil
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp, Compression, MaskFlags
 from rasterio.transform import Affine
+from rasterio.windows import Window
 from rio_cogeo.cogeo import cog_validate
 
+from utils import maps
 from utils.maps import (
     MAX_CLASSES,
     OKABE_ITO,
@@ -27,6 +29,7 @@ from utils.maps import (
     Legend,
     MapError,
     MapWriter,
+    UnwrittenError,
     class_map,
     confidence_map,
     default_legend,
@@ -283,6 +286,30 @@ def test_a_map_with_a_row_too_few_or_too_many_is_refused(tmp_path, rows):
     ):
         output.write(np.zeros((rows, GRID.width), int))
     assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("row", [0, 699])
+def test_a_pixel_that_the_disk_lost_is_found_before_the_map_gets_its_name(
+    old_map, monkeypatch, format, row
+):
+    """A whole file in structure, with one other value: what a failed write can leave."""
+    before, check = old_map.read_bytes(), maps.check_structure
+    final = "cog.tif" if format == "cog" else "map.tif"
+
+    def lose(path):
+        check(path)
+        if path.name != final:
+            return
+        with rasterio.open(path, "r+", IGNORE_COG_LAYOUT_BREAK="YES") as dataset:
+            value = dataset.read(1, window=Window(3, row, 1, 1))
+            dataset.write(1 - value, 1, window=Window(3, row, 1, 1))
+
+    monkeypatch.setattr(maps, "check_structure", lose)
+    said = rf"rows {row // 512 * 512} to \d+ cannot be read back"
+    with pytest.raises(UnwrittenError, match=said):
+        write(old_map, np.zeros((GRID.height, GRID.width), int), class_map(LEGEND), format)
+    assert old_map.read_bytes() == before
 
 
 def test_rows_of_another_shape_are_refused(tmp_path):

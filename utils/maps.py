@@ -11,6 +11,7 @@ import math
 import re
 import shutil
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,6 +231,7 @@ class MapWriter:
         self._grid, self._content, self._format = grid, content, format
         self._tags = dict(tags or {})
         self._area = 0  # pixels written
+        self._sums: list[tuple[Window, int]] = []  # of what was written
         self.begin(0, grid.width)
 
     def begin(self, start: int, stop: int) -> None:
@@ -288,8 +290,10 @@ class MapWriter:
 
     def _flush(self) -> None:
         window = Window(self._col, self._written, self._block.shape[2], self._filled)
+        rows = np.ascontiguousarray(self._block[:, : self._filled])
         with _naming(self.path):
-            self._dataset.write(self._block[:, : self._filled], window=window)
+            self._dataset.write(rows, window=window)
+        self._sums.append((window, zlib.crc32(rows)))
         self._area += self._filled * self._block.shape[2]
         self._written += self._filled
         self._filled = 0
@@ -309,7 +313,16 @@ class MapWriter:
                 options["overview_resampling"] = self._content.overviews
                 rasterio.shutil.copy(source, whole, **options)
                 check_structure(whole)
+            self._read_back(whole)
             self._publish(whole)
+
+    def _read_back(self, whole: Path) -> None:
+        """Compare what the file holds with what was written: GDAL hides a failing disk."""
+        with rasterio.open(whole) as written:
+            for window, wanted in self._sums:
+                if zlib.crc32(written.read(window=window)) != wanted:
+                    rows = f"{window.row_off} to {window.row_off + window.height - 1}"
+                    raise RasterError(f"rows {rows} cannot be read back as they were written")
 
     def _publish(self, whole: Path) -> None:
         aux, legend = self._folder / "map.aux.xml", self._content.legend
