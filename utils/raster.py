@@ -256,7 +256,7 @@ class Scene:
         try:
             values = self._dataset.read(self.reading.bands, window=window)
             valid = np.ones(values.shape[1:], bool)
-            if self._masked:
+            if self._masked and hides_pixels(self._dataset):
                 valid = self._dataset.dataset_mask(window=window) > 0
         except RasterioError as error:
             cause = error.__cause__ or error
@@ -272,10 +272,16 @@ def has_data(values: np.ndarray, nodata: float | None) -> np.ndarray:
     >>> has_data(np.array([[[1, np.nan, 0]], [[0, 1, 0]]]), nodata=0).tolist()
     [[True, False, False]]
     """
-    found = np.ones(values.shape[1:], bool)
     if values.dtype.kind == "f":
         found = np.isfinite(values).all(0)
-    return found if nodata is None else found & ~(values == nodata).all(0)
+    else:
+        found = np.ones(values.shape[1:], bool)
+    return found if nodata is None else found & (values != nodata).any(0)
+
+
+def hides_pixels(dataset: DatasetReader) -> bool:
+    """Whether a dataset may have pixels that are not valid: to look for them costs a read."""
+    return any(flags != [MaskFlags.all_valid] for flags in dataset.mask_flag_enums)
 
 
 def is_alpha(dataset: DatasetReader, band: int) -> bool:
