@@ -108,8 +108,13 @@ def ids_by_table(values: np.ndarray, table: np.ndarray) -> np.ndarray | None:
     >>> ids_by_table(np.array([1, 0], np.uint8), np.array([5, 6]))
     array([6, 5])
     """
-    in_table = values.size and values.min() >= 0 and values.max() < len(table)
-    return table.take(values) if in_table else None
+    if values.min() < 0 or values.max() >= len(table):
+        return None
+    ids = np.empty(values.shape, table.dtype)
+    for row in range(0, len(values), 64):  # NumPy's 64-bit indices stay small
+        places = values[row : row + 64].astype(np.intp)
+        table.take(places, out=ids[row : row + 64], mode="clip")
+    return ids
 
 
 def class_of_shape(value: Any, rules: LabelRules) -> int:

@@ -332,20 +332,17 @@ def raster_source(
             yield None, extent_of(own)
             return
         overlay = Overlay(scene.grid, own)
-        with _warper(dataset, overlay, rules) as view:
+        with _warper(dataset, overlay) as view:
             silent = silent_values(dataset, rules)
             yield RasterSource(path, overlay, dataset, view, rules, silent), ""
 
 
 @contextlib.contextmanager
-def _warper(
-    dataset: DatasetReader, overlay: Overlay, rules: LabelRules
-) -> Iterator[WarpedVRT | None]:
+def _warper(dataset: DatasetReader, overlay: Overlay) -> Iterator[WarpedVRT | None]:
     """GDAL's warper on the scene's grid where the overlay may need it."""
     if overlay.complete:
         yield None
         return
-    options = {"src_nodata": None} if keeps_nodata(dataset, rules) else {}
     with WarpedVRT(
         dataset,
         crs=overlay.grid.crs,
@@ -353,9 +350,9 @@ def _warper(
         height=overlay.grid.height,
         width=overlay.grid.width,
         resampling=Resampling.nearest,
+        src_nodata=None,  # of the file's word only its mask; values are judged afterwards
         nodata=hole_in(dataset.dtypes[0]),
         tolerance=WARP_TOLERANCE,
-        **options,
     ) as view:
         yield view
 
@@ -478,7 +475,7 @@ def _window_around(own: Grid, target: Grid) -> tuple[int, int, int, int]:
         inverse = ~own.transform
         outline = Polygon([inverse @ point for point in outline.exterior.coords])
         whole = outline.buffer(2).intersection(whole)
-    if whole.is_empty:
+    if not whole.area:
         return 0, 0, 0, 0
     left, top, right, bottom = (int(bound) for bound in whole.bounds)
     return left, top, min(right + 1, own.width), min(bottom + 1, own.height)

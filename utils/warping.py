@@ -65,8 +65,6 @@ class Overlay:
     def __init__(self, grid: Grid, raster: Grid) -> None:
         self.grid, self.raster = grid, raster
         self._matrix = matrix_between(grid, raster)
-        if grid.georeferenced:
-            self._turn, self._middle = turn_of(raster)
 
     @property
     def complete(self) -> bool:
@@ -124,11 +122,8 @@ class Overlay:
         rows = square.row + square.height * LATTICE[0]
         cols = square.col + square.width * LATTICE[1]
         x, y = transform(self.grid.crs, self.raster.crs, *(self.grid.transform @ (cols, rows)))
-        x, y = np.array(x), np.array(y)
-        if self._turn and np.isfinite(x).all():
-            x -= self._turn * np.rint((x - self._middle) / self._turn)
         with np.errstate(invalid="ignore"):
-            cols, rows = ~self.raster.transform @ (x, y)
+            cols, rows = ~self.raster.transform @ (np.array(x), np.array(y))
         at_nodes, at_checks = np.split(np.stack([rows, cols]), [NODES.size**2], 1)
         return at_nodes.reshape(2, len(NODES), -1), at_checks.reshape(2, len(CHECKS), -1)
 
@@ -151,28 +146,9 @@ def matrix_between(grid: Grid, raster: Grid) -> Affine | None:
         return Affine.identity()
     if grid.crs != raster.crs:
         return None
-    turn, middle = turn_of(raster)
-    if turn:
-        left, _, right, _ = grid.footprint().bounds
-        if max(middle - left, right - middle) > turn / 2:
-            return None  # the same meridian has another number there
     a, b, c, d, e, f, *_ = ~raster.transform @ grid.transform
     turned = max(abs(b) * grid.height, abs(d) * grid.width) > TIE / 1000
     return Affine(a, b, c, d, e, f) if turned else Affine(a, 0, c, 0, e, f)
-
-
-def turn_of(raster: Grid) -> tuple[float, float]:
-    """A whole turn around the Earth in the units of x, 0 if there is none, and the middle x.
-
-    >>> from utils.raster import north_up
-    >>> turn_of(north_up("EPSG:4326", left=160, top=10, gsd=0.01, height=1000, width=4000))
-    (360.0, 180.0)
-    """
-    left, _, right, _ = raster.footprint().bounds
-    turn = 0.0
-    if raster.crs.is_geographic:
-        turn = round(2 * np.pi / raster.crs.units_factor[1], 9)
-    return turn, (left + right) / 2
 
 
 def basis(shares: np.ndarray) -> np.ndarray:
