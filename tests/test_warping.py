@@ -160,7 +160,7 @@ def test_a_centre_on_a_border_lies_in_the_pixel_right_of_it_and_below(turn):
     assert np.array_equal(laid(grid, raster), numbers_of(raster)[rows, cols])
 
 
-@pytest.mark.parametrize("turn", [0, 30])
+@pytest.mark.parametrize("turn", [0, 30, 12.3, -71.9])
 def test_equal_grids_read_each_window_as_it_is(turn):
     grid = grid_at(32633, 13.8, 48.1, 0.3, 700, 600, turn)
     raster = Grid(grid.crs, grid.transform @ Affine.translation(-7, -3), 800, 650)
@@ -175,6 +175,14 @@ def test_equal_grids_read_each_window_as_it_is(turn):
     assert asked == [Window(57, 63, 64, 64)]
     assert valid is None
     assert np.array_equal(values, numbers_of(raster)[63:127, 57:121])
+
+
+def test_grids_turned_alike_have_one_row_for_each_row():
+    for turn in range(1, 90):
+        grid = grid_at(32633, 13.8, 48.1, 0.3, 70, 60, turn)
+        raster = grid_at(32633, 13.8, 48.1, 1.7, 30, 20, turn)
+        [(_, places)] = Overlay(grid, raster).parts(Tile(0, 0, 70, 60))
+        assert (places.rows.shape, places.cols.shape) == ((70, 1), (1, 60))
 
 
 @pytest.mark.parametrize("pair", ["zone and degrees", "one"])
@@ -253,3 +261,8 @@ def test_common_pairs_of_systems_need_no_warper(pair, gsd):
     first, second, lon, lat = PAIRS[pair]
     overlay = Overlay(grid_at(first, lon, lat, gsd, 512, 512), grid_at(second, lon, lat, gsd, 9, 9))
     assert all(places is not None for _, places in overlay.parts(Tile(0, 0, 512, 512)))
+
+
+def test_a_small_scene_of_large_pixels_needs_no_warper():
+    overlay = Overlay(grid_at(32633, 13.8, 48.1, 30_000, 9, 7), Grid(WGS84, WORLD, 180, 360))
+    assert all(places is not None for _, places in overlay.parts(Tile(0, 0, 9, 7)))

@@ -112,8 +112,7 @@ def ids_by_table(values: np.ndarray, table: np.ndarray) -> np.ndarray | None:
         return None
     ids = np.empty(values.shape, table.dtype)
     for row in range(0, len(values), 64):  # NumPy's 64-bit indices stay small
-        places = values[row : row + 64].astype(np.intp)
-        table.take(places, out=ids[row : row + 64], mode="clip")
+        table.take(values[row : row + 64], out=ids[row : row + 64], mode="clip")
     return ids
 
 

@@ -179,21 +179,18 @@ class RasterSource:
 
     def _warped(self, part: Tile) -> Stored:
         values = self._view.read(1, window=clip(part, self._overlay.grid))
-        valid = (values != hole_in(self._dataset.dtypes[0])) & (values == values)
-        values[~valid] = 0
-        return Stored(values, valid)
+        return Stored(values, (values != hole_in(self._dataset.dtypes[0])) & (values == values))
 
     def _ids(self, values: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
         """Class ids, int32, of values as stored."""
-        if values.dtype.kind == "f":
+        ids = None if values.dtype.kind == "f" else ids_by_table(values, self._table)
+        if ids is None:
             values = self._numbers(values, valid)
             valid = values != HOLE
-            values[~valid] = 0
-        ids = ids_by_table(values, self._table)
+            ids = ids_by_table(np.where(valid, values, 0), self._table)
         if ids is None:
-            numbers = self._numbers(values, valid)
-            found, places = np.unique(numbers, return_inverse=True)
-            ids = [UNCOVERED if value == HOLE else self.rules.id_of(value) for value in found]
+            found, places = np.unique(values, return_inverse=True)
+            ids = [UNCOVERED if value == HOLE else self.rules.id_of(int(value)) for value in found]
             return np.array(ids, np.int32)[places].reshape(values.shape)
         if valid is not None:
             ids[~valid] = UNCOVERED
