@@ -240,7 +240,9 @@ def test_a_mask_and_nodata_each_hide_label_pixels(
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if CASES[case][0] != 32633])
-@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint32", "float32"])
+@pytest.mark.parametrize(
+    "dtype", ["uint8", "uint16", "uint32", "int16", "int32", "int64", "float32", "float64"]
+)
 def test_what_is_left_to_the_warper_has_the_same_labels(
     write_tiff, scene_path, rng, monkeypatch, case, dtype
 ):
@@ -454,6 +456,24 @@ def test_a_missing_or_truncated_label_raster_is_named(write_tiff, scene_path, rn
         read(label, scene_path)
 
 
+@pytest.mark.parametrize("place", ["one CRS", "degrees", "warper"])
+def test_damaged_pixels_of_a_label_raster_are_an_error_that_names_it(
+    write_tiff, scene_path, rng, monkeypatch, place
+):
+    epsg, where, shape, _ = CASES["offset" if place == "one CRS" else "degrees"]
+    monkeypatch.setattr(warping, "CLOSE", 0 if place == "warper" else warping.CLOSE)
+    classes = rng.integers(0, CLASSES, shape, dtype=np.uint8)
+    crs = CRS.from_epsg(epsg)
+    label = write_tiff("label.tif", classes, crs=crs, transform=where, compress="deflate")
+    content = bytearray(label.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 999] = b"\xff" * 999
+    label.write_bytes(content)
+    for use in (read, checked):
+        with pytest.raises(RasterError, match=r"label\.tif: cannot read its pixels \(.+\)"):
+            use(label, scene_path)
+
+
 # What values mean
 
 MERGED = [[11, 12], [41, 42, 43], [], [95]]
@@ -534,6 +554,15 @@ def test_unlisted_values_are_an_error_with_a_histogram_and_the_line_to_add(
     assert "add - {name: NAME, values: [77]} to dataset.classes" in line
     assert "dataset.labels.unlisted: ignore" in line
     assert "\n" not in line
+
+
+def test_a_tile_with_an_unlisted_value_is_never_read(write_tiff, scene_path):
+    values = np.zeros((HEIGHT, WIDTH), np.uint8)
+    values[90, 90] = 77
+    label = write_tiff("label.tif", values, transform=SCENE)
+    assert (read(label, scene_path, Tile(0, 0, 64, 64)) == 0).all()
+    with pytest.raises(RasterError, match=r"label\.tif: values that are no class in r000064_c0000"):
+        read(label, scene_path, Tile(64, 64, 64, 64))
 
 
 def test_classes_without_any_values_mean_their_own_ids():

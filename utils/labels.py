@@ -153,32 +153,32 @@ class RasterSource:
         return bool((self._table[values.min() : int(values.max()) + 1] != UNLISTED).all())
 
     def _on_grid(self, tile: Tile, convert: Callable, dtype: type) -> np.ndarray:
+        """What `convert` makes of stored values, on the pixels of a tile inside the scene."""
         window = clip(tile, self._overlay.grid)
         whole = Tile(tile.row, tile.col, window.height, window.width)
         found = np.empty((window.height, window.width), dtype)
         for part, places in self._overlay.parts(whole):
-            try:
-                if places is None:
-                    stored = self._warped(part)
-                else:
-                    stored = gather(places, self._overlay.raster, self._stored)
-            except RasterioError as error:
-                cause = error.__cause__ or error
-                raise RasterError(f"{self.path}: cannot read tile {tile.name} ({cause})") from error
-            ids = convert(*stored)
+            if places is None:
+                stored = self._warped(part)
+            else:
+                stored = gather(places, self._overlay.raster, self._stored)
             if part == whole:
-                return ids
+                return convert(*stored)
             row, col = part.row - tile.row, part.col - tile.col
-            found[row : row + part.height, col : col + part.width] = ids
+            found[row : row + part.height, col : col + part.width] = convert(*stored)
         return found
 
     def _stored(self, window: Window) -> Stored:
-        values = self._dataset.read(1, window=window)
-        valid = self._dataset.read_masks(1, window=window) > 0 if self._masked else None
+        """A window of the raster itself."""
+        with _naming(self.path):
+            values = self._dataset.read(1, window=window)
+            valid = self._dataset.read_masks(1, window=window) > 0 if self._masked else None
         return Stored(values, valid)
 
     def _warped(self, part: Tile) -> Stored:
-        values = self._view.read(1, window=clip(part, self._overlay.grid))
+        """A part of the scene's grid, by GDAL's warper."""
+        with _naming(self.path):
+            values = self._view.read(1, window=clip(part, self._overlay.grid))
         return Stored(values, (values != hole_in(self._dataset.dtypes[0])) & (values == values))
 
     def _ids(self, values: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
@@ -202,6 +202,16 @@ class RasterSource:
         for value in self._silent:
             valid &= values != value
         return whole_numbers(values, valid, self.path)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let the errors of a read say which file it was."""
+    try:
+        yield
+    except RasterioError as error:
+        cause = error.__cause__ or error
+        raise RasterError(f"{path}: cannot read its pixels ({cause})") from error
 
 
 class VectorSource:

@@ -103,29 +103,30 @@ class Overlay:
     def _by_polynomial(self, part: Tile, top: int, left: int) -> Places | None:
         """The places of a part of the square that starts at `top`, `left`."""
         height, width = min(SQUARE, self.grid.height - top), min(SQUARE, self.grid.width - left)
-        try:
-            at_nodes, at_checks = self._exact(Tile(top, left, height, width))
-        except NO_PLACE:
+        exact = self._exact(Tile(top, left, height, width))
+        if not np.isfinite(exact).all():
             return None
-        check = AT_CHECKS @ at_nodes @ AT_CHECKS.T
-        if not np.abs(check - at_checks).max() <= CLOSE:  # infinite ones are not close either
+        at_nodes = exact[:, : NODES.size**2].reshape(2, NODES.size, -1)
+        at_checks = exact[:, NODES.size**2 :].reshape(2, CHECKS.size, -1)
+        if np.abs(AT_CHECKS @ at_nodes @ AT_CHECKS.T - at_checks).max() > CLOSE:
             return None
         found = at_centres(height) @ at_nodes @ at_centres(width).T  # (2, height, width)
         rows = slice(part.row - top, part.row - top + part.height)
         return self._floored(*found[:, rows, part.col - left :][:, :, : part.width])
 
-    def _exact(self, square: Tile) -> tuple[np.ndarray, np.ndarray]:
-        """By PROJ, (row, col) in the raster below of a square's nodes and of its checks, (2, n, n).
-
-        Infinite where there are none.
-        """
+    def _exact(self, square: Tile) -> np.ndarray:
+        """Where PROJ puts a square's lattice, (row, col) in the raster below (2, n); inf if not."""
         rows = square.row + square.height * LATTICE[0]
         cols = square.col + square.width * LATTICE[1]
-        x, y = transform(self.grid.crs, self.raster.crs, *(self.grid.transform @ (cols, rows)))
+        x, y = self.grid.transform @ (cols, rows)
+        try:
+            x, y = np.array(transform(self.grid.crs, self.raster.crs, x, y))
+        except NO_PLACE:
+            return np.full((2, 1), np.inf)
+        left, top = self.raster.transform.c, self.raster.transform.f
         with np.errstate(invalid="ignore"):
-            cols, rows = ~self.raster.transform @ (np.array(x), np.array(y))
-        at_nodes, at_checks = np.split(np.stack([rows, cols]), [NODES.size**2], 1)
-        return at_nodes.reshape(2, len(NODES), -1), at_checks.reshape(2, len(CHECKS), -1)
+            cols, rows = ~starting_at(self.raster, left, top) @ (x - left, y - top)
+        return np.stack([rows, cols])
 
     def _floored(self, rows: np.ndarray, cols: np.ndarray) -> Places:
         found = []
@@ -146,9 +147,17 @@ def matrix_between(grid: Grid, raster: Grid) -> Affine | None:
         return Affine.identity()
     if grid.crs != raster.crs:
         return None
-    a, b, c, d, e, f, *_ = ~raster.transform @ grid.transform
+    left, top = raster.transform.c, raster.transform.f
+    between = ~starting_at(raster, left, top) @ starting_at(grid, left, top)
+    a, b, c, d, e, f, *_ = between
     turned = max(abs(b) * grid.height, abs(d) * grid.width) > TIE / 1000
-    return Affine(a, b, c, d, e, f) if turned else Affine(a, 0, c, 0, e, f)
+    return between if turned else Affine(a, 0, c, 0, e, f)
+
+
+def starting_at(grid: Grid, left: float, top: float) -> Affine:
+    """A grid's transform in a CRS that starts there: small numbers, so that no digits are lost."""
+    a, b, c, d, e, f, *_ = grid.transform
+    return Affine(a, b, c - left, d, e, f - top)
 
 
 def basis(shares: np.ndarray) -> np.ndarray:
