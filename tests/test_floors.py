@@ -16,7 +16,7 @@ FLOORS = [
     {"utils.key_faults", "utils.raster", "utils.footprints", "utils.blending", "models.base"},
     {
         "config", "utils.scenes", "utils.vectors", "utils.maps", "utils.ground", "utils.blocks",
-        "models.linear", "models.unet", "models.unet_v2", "models.maskformer",
+        "utils.warping", "models.linear", "models.unet", "models.unet_v2", "models.maskformer",
     },
     {
         "utils.process", "utils.distributed", "utils.burning", "utils.label_values",
@@ -32,7 +32,7 @@ FLOORS = [
 DOORS = {
     "rasterio": {
         "utils.raster", "utils.labels", "utils.vectors", "utils.burning", "utils.footprints",
-        "utils.maps", "utils.ground", "utils.polygons",
+        "utils.maps", "utils.ground", "utils.polygons", "utils.warping",
     },
     "shapely": {
         "utils.raster", "utils.labels", "utils.vectors", "utils.burning", "utils.footprints",

@@ -24,6 +24,7 @@ from rasterio.warp import transform, transform_bounds
 from shapely.geometry import MultiPolygon, Polygon, box, mapping
 
 from config import Dataset
+from utils import warping
 from utils.label_values import HOLE, LabelRules, label_rules
 from utils.labels import (
     check_values,
@@ -211,8 +212,53 @@ def test_masked_label_pixels_are_ignored(write_tiff, scene_path, rng, internal, 
     assert np.array_equal(found, np.where(mask > 0, classes, IGNORE))
 
 
+@pytest.mark.parametrize("place", ["one CRS", "degrees", "warper"])
+@pytest.mark.parametrize("internal", [True, False])
+@pytest.mark.parametrize("nodata", [None, 0, 200])
+def test_a_mask_and_nodata_each_hide_label_pixels(
+    write_tiff, scene_path, rng, monkeypatch, internal, nodata, place
+):
+    epsg, where, shape, _ = CASES["offset" if place == "one CRS" else "degrees"]
+    monkeypatch.setattr(warping, "CLOSE", 0 if place == "warper" else warping.CLOSE)
+    classes = rng.integers(0, CLASSES, shape, dtype=np.uint8)
+    classes[60:80] = 200
+    mask = np.full(shape, 255, np.uint8)
+    mask[70:90] = 0
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=internal):
+        label = write_tiff(
+            "label.tif", classes, crs=CRS.from_epsg(epsg), transform=where, mask=mask,
+            nodata=nodata,
+        )  # fmt: skip
+    classes[70:90] = IGNORE
+    classes[60:70] = IGNORE if nodata == 200 else 4
+    grid = Grid(UTM, SCENE, HEIGHT, WIDTH)
+    expected, clear = walk(classes, Grid(CRS.from_epsg(epsg), where, *shape), grid)
+    last = [4] if nodata == 200 else [4, 200]
+    found = read(label, scene_path, mapping=[[0], [1], [2], [3], last])
+    assert np.array_equal(found[clear], expected[clear])
+    assert 0 < (found == IGNORE).mean() < 1
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case][0] != 32633])
 @pytest.mark.parametrize(
-    "dtype", ["int8", "uint16", "int16", "uint32", "int32", "int64", "float32", "float64"]
+    "dtype", ["uint8", "uint16", "uint32", "int16", "int32", "int64", "float32", "float64"]
+)
+def test_what_is_left_to_the_warper_has_the_same_labels(
+    write_tiff, scene_path, rng, monkeypatch, case, dtype
+):
+    epsg, place, shape, _ = CASES[case]
+    values = rng.choice([0, 1, 2, 3, 4, 7, IGNORE], shape).astype(dtype)
+    label = write_tiff("label.tif", values, crs=CRS.from_epsg(epsg), transform=place, nodata=7)
+    crs = CRS.from_epsg(epsg)
+    _, clear = walk(values, Grid(crs, place, *shape), Grid(UTM, SCENE, HEIGHT, WIDTH))
+    usual = read(label, scene_path)
+    monkeypatch.setattr(warping, "CLOSE", 0)
+    assert np.array_equal(read(label, scene_path)[clear], usual[clear])
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    ["int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float32", "float64"],
 )
 def test_labels_of_any_number_type_are_read(write_tiff, scene_path, rng, dtype):
     classes = rng.integers(0, CLASSES, (HEIGHT, WIDTH)).astype(dtype)
@@ -410,6 +456,24 @@ def test_a_missing_or_truncated_label_raster_is_named(write_tiff, scene_path, rn
         read(label, scene_path)
 
 
+@pytest.mark.parametrize("place", ["one CRS", "degrees", "warper"])
+def test_damaged_pixels_of_a_label_raster_are_an_error_that_names_it(
+    write_tiff, scene_path, rng, monkeypatch, place
+):
+    epsg, where, shape, _ = CASES["offset" if place == "one CRS" else "degrees"]
+    monkeypatch.setattr(warping, "CLOSE", 0 if place == "warper" else warping.CLOSE)
+    classes = rng.integers(0, CLASSES, shape, dtype=np.uint8)
+    crs = CRS.from_epsg(epsg)
+    label = write_tiff("label.tif", classes, crs=crs, transform=where, compress="deflate")
+    content = bytearray(label.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 999] = b"\xff" * 999
+    label.write_bytes(content)
+    for use in (read, checked):
+        with pytest.raises(RasterError, match=r"label\.tif: cannot read its pixels \(.+\)"):
+            use(label, scene_path)
+
+
 # What values mean
 
 MERGED = [[11, 12], [41, 42, 43], [], [95]]
@@ -490,6 +554,15 @@ def test_unlisted_values_are_an_error_with_a_histogram_and_the_line_to_add(
     assert "add - {name: NAME, values: [77]} to dataset.classes" in line
     assert "dataset.labels.unlisted: ignore" in line
     assert "\n" not in line
+
+
+def test_a_tile_with_an_unlisted_value_is_never_read(write_tiff, scene_path):
+    values = np.zeros((HEIGHT, WIDTH), np.uint8)
+    values[90, 90] = 77
+    label = write_tiff("label.tif", values, transform=SCENE)
+    assert (read(label, scene_path, Tile(0, 0, 64, 64)) == 0).all()
+    with pytest.raises(RasterError, match=r"label\.tif: values that are no class in r000064_c0000"):
+        read(label, scene_path, Tile(64, 64, 64, 64))
 
 
 def test_classes_without_any_values_mean_their_own_ids():

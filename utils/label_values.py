@@ -1,5 +1,6 @@
 """What label values mean: which class a raster value or a polygon's attribute stands for."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,20 +85,35 @@ def hole_in(dtype: str) -> float:
     return -1 if kind == "u" else int(np.iinfo(dtype).min)
 
 
-def value_table(dtype: str, rules: LabelRules) -> np.ndarray | None:
-    """Class ids by value for unsigned types of up to 16 bits; index -1 is UNCOVERED.
+def value_table(rules: LabelRules, silent: Collection[float] = ()) -> np.ndarray:
+    """Class ids by value, int32; UNCOVERED for the silent values, which say nothing.
 
-    >>> value_table("uint8", LabelRules(2, {"0": 0, "1": 1}))[[0, 1, 2, 255, -1]].tolist()
-    [0, 1, -2, 255, -1]
+    >>> table = value_table(LabelRules(2, {"0": 0, "1": 1}), silent=[9, -9999])
+    >>> table[[0, 1, 2, 9, 255]].tolist()
+    [0, 1, -2, -1, 255]
     """
-    if np.dtype(dtype).kind != "u" or np.dtype(dtype).itemsize > 2:
-        return None
-    table = np.full(LARGEST_TABLE + 1, rules.id_of("no such value"), np.int32)
+    table = np.full(LARGEST_TABLE, rules.id_of("no such value"), np.int32)
     for text, number in ({str(rules.ignore_index): rules.ignore_index} | rules.ids).items():
         if text in VALUES_OF_TABLE:
             table[int(text)] = number
-    table[UNCOVERED] = UNCOVERED
+    for value in silent:
+        if 0 <= value < LARGEST_TABLE and value == int(value):
+            table[int(value)] = UNCOVERED
     return table
+
+
+def ids_by_table(values: np.ndarray, table: np.ndarray) -> np.ndarray | None:
+    """Class ids of whole numbers, or None where the table does not reach to all of them.
+
+    >>> ids_by_table(np.array([1, 0], np.uint8), np.array([5, 6]))
+    array([6, 5])
+    """
+    if values.min() < 0 or values.max() >= len(table):
+        return None
+    ids = np.empty(values.shape, table.dtype)
+    for row in range(0, len(values), 64):  # NumPy's 64-bit indices stay small
+        table.take(values[row : row + 64], out=ids[row : row + 64], mode="clip")
+    return ids
 
 
 def class_of_shape(value: Any, rules: LabelRules) -> int:

@@ -1,16 +1,16 @@
 """Labels on disk, read on a scene's own pixel grid.
 
 Label rasters may lie in any CRS, at any resolution, offset or rotation, and cover a scene in part:
-GDAL's warper reads them nearest-neighbour on the scene's grid, window by window. Polygons are burnt
-on the same windows. Where several files cover a pixel, the first one listed counts.
+they are read nearest-neighbour on the scene's grid, window by window, and polygons are burnt on the
+same windows. Where several files cover a pixel, the first one listed counts.
 """
 
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch.nn.functional as F
@@ -31,11 +31,11 @@ from utils.label_values import (
     LabelRules,
     class_of_shape,
     hole_in,
+    ids_by_table,
     value_table,
     whole_numbers,
 )
 from utils.raster import (
-    BLOCK,
     NO_PLACE,
     Grid,
     RasterError,
@@ -54,9 +54,11 @@ from utils.raster import (
 from utils.scenes import files_of
 from utils.tiling import Tile, repeated
 from utils.vectors import Shapes, is_vector, outline_in, read_shapes, value_key
+from utils.warping import Overlay, Stored, gather
 
 # pixels; GDAL's default of 0.125 makes a label depend on the window it is read by
 WARP_TOLERANCE = 1e-6
+STRIP = 256  # rows of a label raster looked at at once
 LARGEST_ID = 65536  # above every class id
 
 
@@ -94,36 +96,33 @@ class Source(Protocol):
 
 
 class RasterSource:
-    """A label raster, warped onto the scene's grid."""
+    """A label raster under the scene's grid, nearest neighbour.
+
+    dataset: the raster on its own grid; view: GDAL's warper on the scene's grid, for what the
+    overlay cannot place; silent: values that say nothing.
+    """
 
     def __init__(
         self,
         path: Path,
-        grid: Grid,
-        dataset: Any,
-        dtype: str,
+        overlay: Overlay,
+        dataset: DatasetReader,
+        view: WarpedVRT | None,
         rules: LabelRules,
-        masked: bool = False,
+        silent: Collection[float],
     ) -> None:
-        self.path, self.grid, self.rules = path, grid, rules
-        self._dataset = dataset
-        self._masked = masked  # whether the file's own mask is still to be applied
-        self._hole = hole_in(dtype)
-        self._table = value_table(dtype, rules)
+        self.path, self.rules = path, rules
+        self._overlay, self._dataset, self._view = overlay, dataset, view
+        self._masked = MaskFlags.per_dataset in dataset.mask_flag_enums[0]
+        self._silent = silent
+        self._table = value_table(rules, silent)
 
     def values(self, tile: Tile) -> np.ndarray:
         """Values as stored, int64; HOLE where the file says nothing."""
-        window = clip(tile, self.grid)
-        try:
-            values = self._dataset.read(1, window=window)
-            valid = self._dataset.read_masks(1, window=window) > 0 if self._masked else True
-        except RasterioError as error:
-            cause = error.__cause__ or error
-            raise RasterError(f"{self.path}: cannot read tile {tile.name} ({cause})") from error
-        valid = valid & (values != self._hole) & (values == values)
-        if not isinstance(self.rules.nodata, str):
-            valid &= values != self.rules.nodata
-        return whole_numbers(values, valid, self.path)
+        return self._on_grid(tile, self._numbers, np.int64)
+
+    def read(self, tile: Tile) -> np.ndarray:
+        return self._on_grid(tile, self._ids, np.int32)
 
     def met(self, tiles: Sequence[Tile]) -> Counter[int]:
         """How many pixels of a scene have each value, from all of its tiles."""
@@ -135,13 +134,84 @@ class RasterSource:
         del counts[HOLE]
         return counts
 
-    def read(self, tile: Tile) -> np.ndarray:
-        values = self.values(tile)
-        if self._table is not None:
-            return self._table[np.where(values == HOLE, UNCOVERED, values)]
-        found, places = np.unique(values, return_inverse=True)
-        ids = [UNCOVERED if value == HOLE else self.rules.id_of(int(value)) for value in found]
-        return np.array(ids, np.int32)[places].reshape(values.shape)
+    def unlisted_around(self, target: Grid) -> set[int]:
+        """Values that are no class in the part of the raster around a grid."""
+        left, top, right, bottom = _window_around(self._overlay.raster, target)
+        found: set[int] = set()
+        for row in range(top, bottom, STRIP):
+            stored = self._stored(Window(left, row, right - left, min(STRIP, bottom - row)))
+            if not self._all_listed(stored.values):
+                unlisted = self._ids(*stored) == UNLISTED
+                if unlisted.any():
+                    found.update(np.unique(self._numbers(*stored)[unlisted]).tolist())
+        return found
+
+    def _all_listed(self, values: np.ndarray) -> bool:
+        """Whether a look at the least and the greatest value shows that there is no other."""
+        if values.dtype.kind == "f" or values.min() < 0 or values.max() >= len(self._table):
+            return False
+        return bool((self._table[values.min() : int(values.max()) + 1] != UNLISTED).all())
+
+    def _on_grid(self, tile: Tile, convert: Callable, dtype: type) -> np.ndarray:
+        """What `convert` makes of stored values, on the pixels of a tile inside the scene."""
+        window = clip(tile, self._overlay.grid)
+        whole = Tile(tile.row, tile.col, window.height, window.width)
+        found = np.empty((window.height, window.width), dtype)
+        for part, places in self._overlay.parts(whole):
+            if places is None:
+                stored = self._warped(part)
+            else:
+                stored = gather(places, self._overlay.raster, self._stored)
+            if part == whole:
+                return convert(*stored)
+            row, col = part.row - tile.row, part.col - tile.col
+            found[row : row + part.height, col : col + part.width] = convert(*stored)
+        return found
+
+    def _stored(self, window: Window) -> Stored:
+        """A window of the raster itself."""
+        with _naming(self.path):
+            values = self._dataset.read(1, window=window)
+            valid = self._dataset.read_masks(1, window=window) > 0 if self._masked else None
+        return Stored(values, valid)
+
+    def _warped(self, part: Tile) -> Stored:
+        """A part of the scene's grid, by GDAL's warper."""
+        with _naming(self.path):
+            values = self._view.read(1, window=clip(part, self._overlay.grid))
+        return Stored(values, (values != hole_in(self._dataset.dtypes[0])) & (values == values))
+
+    def _ids(self, values: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
+        """Class ids, int32, of values as stored."""
+        ids = None if values.dtype.kind == "f" else ids_by_table(values, self._table)
+        if ids is None:
+            values = self._numbers(values, valid)
+            valid = values != HOLE
+            ids = ids_by_table(np.where(valid, values, 0), self._table)
+        if ids is None:
+            found, places = np.unique(values, return_inverse=True)
+            ids = [UNCOVERED if value == HOLE else self.rules.id_of(int(value)) for value in found]
+            return np.array(ids, np.int32)[places].reshape(values.shape)
+        if valid is not None:
+            ids[~valid] = UNCOVERED
+        return ids
+
+    def _numbers(self, values: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
+        """Values as stored as int64, HOLE where they say nothing."""
+        valid = values == values if valid is None else valid & (values == values)
+        for value in self._silent:
+            valid &= values != value
+        return whole_numbers(values, valid, self.path)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let the errors of a read say which file it was."""
+    try:
+        yield
+    except RasterioError as error:
+        cause = error.__cause__ or error
+        raise RasterError(f"{path}: cannot read its pixels ({cause})") from error
 
 
 class VectorSource:
@@ -188,13 +258,14 @@ class Labels:
         return pad(ids, tile, "constant", constant_values=self.ignore_index)
 
     def _merged(self, tile: Tile) -> np.ndarray:
-        window = clip(tile, self.grid)
-        ids = np.full((window.height, window.width), UNCOVERED, np.int32)
-        for source in self.sources:
+        ids = self.sources[0].read(tile)
+        for source in self.sources[1:]:
             open_pixels = ids == UNCOVERED
             if open_pixels.any():
                 ids = np.where(open_pixels, source.read(tile), ids)
-        if (ids == UNLISTED).any():
+        if ids.min() >= 0:
+            return ids
+        if ids.min() == UNLISTED:
             raise RasterError(f"{self.sources[0].path}: values that are no class in {tile.name}")
         rest = self.ignore_index if self._rest is None else self._rest
         ids[ids == UNCOVERED] = rest
@@ -262,29 +333,47 @@ def raster_source(
 ) -> Iterator[tuple[RasterSource | None, str]]:
     """A label raster on a scene's grid, or None and its extent where it lies elsewhere."""
     with _open_label_raster(path) as dataset:
-        own, dtype = grid_of(dataset), dataset.dtypes[0]
+        own = grid_of(dataset)
         _check_places(path, own, scene)
-        kept = keeps_nodata(dataset, rules)
-        if not own.georeferenced:
-            hides = kept and MaskFlags.nodata in dataset.mask_flag_enums[0]
-            yield RasterSource(path, scene.grid, dataset, dtype, rules, masked=not hides), ""
-            return
-        if not overlap(own, scene.grid):
+        if own.georeferenced and not overlap(own, scene.grid):
             yield None, extent_of(own)
             return
-        options = {"src_nodata": None} if kept else {}
-        with WarpedVRT(
-            dataset,
-            crs=scene.grid.crs,
-            transform=scene.grid.transform,
-            height=scene.grid.height,
-            width=scene.grid.width,
-            resampling=Resampling.nearest,
-            nodata=hole_in(dtype),
-            tolerance=WARP_TOLERANCE,
-            **options,
-        ) as twin:
-            yield RasterSource(path, scene.grid, twin, dtype, rules), ""
+        overlay = Overlay(scene.grid, own)
+        with _warper(dataset, overlay) as view:
+            silent = silent_values(dataset, rules)
+            yield RasterSource(path, overlay, dataset, view, rules, silent), ""
+
+
+@contextlib.contextmanager
+def _warper(dataset: DatasetReader, overlay: Overlay) -> Iterator[WarpedVRT | None]:
+    """GDAL's warper on the scene's grid where the overlay may need it."""
+    if overlay.complete:
+        yield None
+        return
+    with WarpedVRT(
+        dataset,
+        crs=overlay.grid.crs,
+        transform=overlay.grid.transform,
+        height=overlay.grid.height,
+        width=overlay.grid.width,
+        resampling=Resampling.nearest,
+        src_nodata=None,  # of the file's word only its mask; values are judged afterwards
+        nodata=hole_in(dataset.dtypes[0]),
+        tolerance=WARP_TOLERANCE,
+    ) as view:
+        yield view
+
+
+def silent_values(dataset: DatasetReader, rules: LabelRules) -> list[float]:
+    """Values of a label raster that mean no label, whatever else its file masks."""
+    dtype = np.dtype(dataset.dtypes[0])
+    silent = [] if dtype.kind == "u" else [hole_in(dtype.name)]
+    if dataset.nodata is not None and not keeps_nodata(dataset, rules):
+        silent.append(dataset.nodata)
+    if not isinstance(rules.nodata, str):
+        silent.append(rules.nodata)
+    exact = [dtype.type(value) if dtype.kind == "f" else value for value in silent]
+    return [value for value in exact if value == value]
 
 
 @contextlib.contextmanager
@@ -377,21 +466,9 @@ def _unlisted(path: Path, scene: Scene, unlisted: list, met: Counter, unit: str)
 def nearby_unlisted(source: RasterSource, scene: Scene) -> set[int]:
     """Values that are no class in the part of a label raster around the scene, on its own grid.
 
-    Cheap next to warping, and a superset of what the scene's grid can show.
+    Cheap next to a look at every tile, and a superset of what the scene's grid can show.
     """
-    with _open_label_raster(source.path) as dataset:
-        left, top, right, bottom = _window_around(grid_of(dataset), scene.grid)
-        values: set[int] = set()
-        for row in range(top, bottom, BLOCK):
-            window = Window(left, row, right - left, min(BLOCK, bottom - row))
-            block = dataset.read(1, window=window)
-            found = whole_numbers(block, block == block, source.path)
-            values.update(np.unique(found).tolist())
-        nodata = dataset.nodata
-    values -= {HOLE, source.rules.nodata}
-    if nodata is not None and np.isfinite(nodata) and not keeps_nodata(dataset, source.rules):
-        values.discard(int(nodata))
-    return {value for value in values if source.rules.id_of(value) == UNLISTED}
+    return source.unlisted_around(scene.grid)
 
 
 def _window_around(own: Grid, target: Grid) -> tuple[int, int, int, int]:
@@ -405,7 +482,7 @@ def _window_around(own: Grid, target: Grid) -> tuple[int, int, int, int]:
         inverse = ~own.transform
         outline = Polygon([inverse @ point for point in outline.exterior.coords])
         whole = outline.buffer(2).intersection(whole)
-    if whole.is_empty:
+    if not whole.area:
         return 0, 0, 0, 0
     left, top, right, bottom = (int(bound) for bound in whole.bounds)
     return left, top, min(right + 1, own.width), min(bottom + 1, own.height)

@@ -291,7 +291,8 @@ class TileReader(contextlib.AbstractContextManager):
         if (ids == self.wanted.ignore_index).all():
             return ReadTile(name, UNLABELLED)
         image, valid = scene.read(tile)
-        ids[~valid] = self.wanted.ignore_index
+        if not valid.all():
+            ids[~valid] = self.wanted.ignore_index
         fate = fate_of(ids, valid, self.section, self.wanted, f"{self.seed} {name}")
         if fate is not None:
             return ReadTile(name, fate)
@@ -323,15 +324,15 @@ def fate_of(
     >>> fate_of(ids, valid, Prepare(), SimpleNamespace(ignore_index=255), "0")
     'without a labelled pixel'
     """
-    labelled = ids[ids != wanted.ignore_index]
-    if labelled.size == 0:
+    labelled = np.count_nonzero(ids != wanted.ignore_index)
+    if labelled == 0:
         return UNLABELLED
-    if valid.mean() < section.min_valid:
+    if np.count_nonzero(valid) / valid.size < section.min_valid:
         return INVALID
-    if labelled.size / ids.size < section.min_labeled:
+    if labelled / ids.size < section.min_labeled:
         return SPARSE
     background = wanted.label_rules["background"] or 0
-    if (labelled == background).all() and random.Random(seed).random() >= section.background_keep:
+    if np.count_nonzero(ids == background) == labelled and random.Random(seed).random() >= section.background_keep:
         return BACKGROUND
     return None
 

@@ -217,7 +217,8 @@ class Scene:
         self.grid, self.own_grid = grid_of(dataset), own
         self._dataset = dataset
         opacity = any(is_alpha(dataset, band) for band in reading.bands)
-        self._masked = not (opacity and MaskFlags.alpha in dataset.mask_flag_enums[0])
+        data_only = opacity and MaskFlags.alpha in dataset.mask_flag_enums[0]
+        self._masked = hides_pixels(dataset) and not data_only
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -254,10 +255,13 @@ class Scene:
         """The pixels of a tile; where it reaches past the scene they are mirrored and not valid."""
         window = clip(tile, self.grid)
         try:
-            values = self._dataset.read(self.reading.bands, window=window)
-            valid = np.ones(values.shape[1:], bool)
+            valid = np.ones((window.height, window.width), bool)
             if self._masked:
                 valid = self._dataset.dataset_mask(window=window) > 0
+            if not valid.any():  # the mask alone was read, where it is a file or band of its own
+                blank = np.zeros((len(self.reading.bands), tile.height, tile.width), np.uint8)
+                return Pixels(blank, np.zeros(blank.shape[1:], bool))
+            values = self._dataset.read(self.reading.bands, window=window)
         except RasterioError as error:
             cause = error.__cause__ or error
             raise RasterError(f"{self.path}: cannot read tile {tile.name} ({cause})") from error
@@ -272,10 +276,16 @@ def has_data(values: np.ndarray, nodata: float | None) -> np.ndarray:
     >>> has_data(np.array([[[1, np.nan, 0]], [[0, 1, 0]]]), nodata=0).tolist()
     [[True, False, False]]
     """
-    found = np.ones(values.shape[1:], bool)
     if values.dtype.kind == "f":
         found = np.isfinite(values).all(0)
-    return found if nodata is None else found & ~(values == nodata).all(0)
+    else:
+        found = np.ones(values.shape[1:], bool)
+    return found if nodata is None else found & (values != nodata).any(0)
+
+
+def hides_pixels(dataset: DatasetReader) -> bool:
+    """Whether a dataset may have pixels that are not valid: to look for them costs a read."""
+    return any(flags != [MaskFlags.all_valid] for flags in dataset.mask_flag_enums)
 
 
 def is_alpha(dataset: DatasetReader, band: int) -> bool:

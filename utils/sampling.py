@@ -19,15 +19,18 @@ def class_counts(label: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     >>> class_counts(label, num_classes=4, ignore_index=255).tolist()
     [0, 0, 128, 0]
     """
-    ids = label.flatten().long()
-    ids = ids[ids != ignore_index]
-    outside = (ids < 0) | (ids >= num_classes)
-    if outside.any():
-        raise ValueError(
-            f"label has the value {ids[outside][0].item()}: expected 0..{num_classes - 1} or "
-            f"{ignore_index} (ignore)"
-        )
-    return torch.bincount(ids, minlength=num_classes)
+    ids = label.flatten()
+    reach = max(num_classes, ignore_index + 1)
+    if not ids.numel() or (int(ids.min()) >= 0 and int(ids.max()) < reach):
+        counts = torch.bincount(ids, minlength=reach)
+        counts[ignore_index] = 0
+        if not counts[num_classes:].any():
+            return counts[:num_classes]
+    outside = ids[(ids != ignore_index) & ((ids < 0) | (ids >= num_classes))]
+    raise ValueError(
+        f"label has the value {outside[0].item()}: expected 0..{num_classes - 1} or "
+        f"{ignore_index} (ignore)"
+    )
 
 
 def balanced_order(counts: Tensor, length: int, seed: int, epoch: int) -> list[int]:
