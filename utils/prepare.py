@@ -332,9 +332,9 @@ def fate_of(
     if labelled / ids.size < section.min_labeled:
         return SPARSE
     background = wanted.label_rules["background"] or 0
-    if np.count_nonzero(ids == background) == labelled and random.Random(seed).random() >= section.background_keep:
-        return BACKGROUND
-    return None
+    if np.count_nonzero(ids == background) < labelled:
+        return None
+    return BACKGROUND if random.Random(seed).random() >= section.background_keep else None
 
 
 def own_label(labels: Labels, tile: Tile) -> np.ndarray:
