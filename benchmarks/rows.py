@@ -1,5 +1,6 @@
 """Measured figures beside their limits, and how they are shown."""
 
+import argparse
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -55,13 +56,18 @@ def print_table(rows: Sequence[Row]) -> None:
         say("  ".join(cells).rstrip())
 
 
-def print_ratio(ratio: float) -> None:
-    """Print a script's last line.
+def report(rows: Sequence[Row]) -> None:
+    """Print a script's table, and its ratio as the last line: the first figure without a unit.
 
-    >>> print_ratio(1.0214)
-    ratio: 1.021
+    Where each has one, how much of its limit the furthest takes.
+
+    >>> report([Row("start", 4, 5, "s")])
+    target  limit   measured  within
+    start   <= 5 s  4 s       yes
+    ratio: 0.800
     """
-    say(f"ratio: {ratio:.3f}")
+    print_table(rows)
+    say(f"ratio: {next((row.measured for row in rows if not row.unit), furthest(rows)):.3f}")
 
 
 def figure(number: float) -> str:
@@ -70,8 +76,8 @@ def figure(number: float) -> str:
     >>> figure(1.02143), figure(12.345), figure(1345.6), figure(0.0)
     ('1.021', '12.3', '1346', '0')
     """
-    if number == 0:
-        return "0"
+    if number == round(number):
+        return f"{number:.0f}"
     if abs(number) < 1.2:
         return f"{number:.3f}"
     digits = 2 if abs(number) < 10 else 1 if abs(number) < 100 else 0
@@ -84,6 +90,16 @@ def furthest(rows: Sequence[Row]) -> float:
     >>> furthest([Row("a", 1.0, 2.0), Row("b", 4.0, 2.0, at_least=True)])
     0.5
     """
-    shares = [row.limit / row.measured if row.at_least else row.measured / row.limit
-              for row in rows]  # fmt: skip
-    return max(shares)
+    pairs = [(row.limit, row.measured)[:: 1 if row.at_least else -1] for row in rows]
+    return max(above / below if below else float(above > 0) for above, below in pairs)
+
+
+def command_line(doc: str) -> argparse.ArgumentParser:
+    """A script's command line, described by its docstring.
+
+    >>> command_line("What it measures.").parse_args([])
+    Namespace()
+    """
+    return argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )

@@ -61,6 +61,11 @@ def label_block(number: int, classes: int = 2) -> np.ndarray:
     return np.digitize(waves(number), edges).astype(np.uint8)[None]
 
 
+def pixels(count: int) -> np.ndarray:
+    """A batch (count, 3, 512, 512) uint8 of painted blocks, as a network is given it."""
+    return np.stack([image_block(number) for number in range(count)])
+
+
 def write_blocks(path: Path, grid: Grid, paint: Paint) -> Path:
     """Write a raster of blocks in a row of which each is the next painted one."""
     painted = [paint(number) for number in range(PAINTED)]
