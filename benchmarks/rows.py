@@ -1,6 +1,7 @@
 """Measured figures beside their limits, and how they are shown."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -91,7 +92,7 @@ def furthest(rows: Sequence[Row]) -> float:
     0.5
     """
     pairs = [(row.limit, row.measured)[:: 1 if row.at_least else -1] for row in rows]
-    return max(above / below if below else float(above > 0) for above, below in pairs)
+    return max(above / below if below else math.inf if above else 0.0 for above, below in pairs)
 
 
 def command_line(doc: str) -> argparse.ArgumentParser:

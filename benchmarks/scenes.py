@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import rasterio
 from rasterio.crs import CRS
+from rasterio.transform import Affine
 
 from utils.raster import Grid, north_up, warp_outline
 
@@ -31,8 +32,10 @@ def label_grid(scene: Grid, crs: str) -> Grid:
     >>> label_grid(scene_grid(1024, 2048), DEGREES)[2:]
     (1024, 2048)
     """
-    bounds = warp_outline(scene.footprint(), scene.crs, CRS.from_string(crs)).bounds
-    transform = rasterio.transform.from_bounds(*bounds, scene.width, scene.height)
+    outline = warp_outline(scene.footprint(), scene.crs, CRS.from_string(crs))
+    left, bottom, right, top = outline.bounds
+    sides = (right - left) / scene.width, (bottom - top) / scene.height
+    transform = Affine(sides[0], 0, left, 0, sides[1], top)
     return Grid(CRS.from_string(crs), transform, scene.height, scene.width)
 
 

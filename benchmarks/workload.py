@@ -8,17 +8,19 @@ so that only the work beside the model is left.
 import io
 import json
 import shutil
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from benchmarks.meter import Spent, Watched
+from benchmarks.meter import Spent, Watched, cpu_seconds
 from benchmarks.scenes import UTM, waves, write_labels, write_scene
-from config import Config, load_config
+from config import Config, Prepare, load_config
 from models import build_head
 from models.backbone import (
     BackboneSpec,
@@ -29,8 +31,8 @@ from models.backbone import (
     write_random_backbone,
 )
 from models.segmenter import Segmenter
-from utils.cache import read_manifest
-from utils.data import make_loaders
+from utils.cache import Manifest, read_manifest
+from utils.data import Sample, make_loaders
 from utils.distributed import Runtime, autocast, distributed, precision_of
 from utils.engine import fit
 from utils.inference import Trained, predict_scenes
@@ -152,14 +154,12 @@ def encode_of(config: Config, backbone: DinoBackbone) -> Pixels:
     return encode_on(Runtime().device(config.prepare.device), backbone)
 
 
-def null_encode(spec: BackboneSpec, batch: int) -> Pixels:
+def null_encode(spec: BackboneSpec, section: Prepare) -> Pixels:
     """Feature maps that are there already."""
-    cells = TILE // spec.patch_size
+    batch, cells = section.batch_size, section.tile_size // spec.patch_size
     made = torch.Generator().manual_seed(0)
-    maps = [
-        torch.randn(batch, spec.channels, cells, cells, generator=made).half()
-        for _ in spec.layers
-    ]  # fmt: skip
+    shape, device = (batch, spec.channels, cells, cells), Runtime().device(section.device)
+    maps = [torch.randn(shape, generator=made).half().to(device) for _ in spec.layers]
     return lambda pixels: [level[: len(pixels)] for level in maps]
 
 
@@ -168,7 +168,7 @@ def run_prepare(config: Config, backbone: DinoBackbone | None = None) -> Spent:
     shutil.rmtree(config.prepare.processed_dir, ignore_errors=True)
     known = backbone or NoBackbone(describe_backbone(config.model))
     if backbone is None:
-        encode = Watched(null_encode(known.spec, config.prepare.batch_size))
+        encode = Watched(null_encode(known.spec, config.prepare))
     else:
         encode = Watched(encode_of(config, backbone))
     sources = find_sources(config)
@@ -224,12 +224,12 @@ def segmenter_of(config: Config, backbone: DinoBackbone) -> Segmenter:
 
 
 @lru_cache(maxsize=1)
-def constant_shares(batch: int, classes: int) -> Tensor:
+def constant_shares(batch: int, classes: int, device: torch.device) -> Tensor:
     """Probabilities (batch, classes, 512, 512) in waves, so that the map is not of one class."""
     heights = torch.from_numpy(waves(0)).float()
     levels = torch.linspace(-0.6, 0.6, classes)[:, None, None]
     shares = (-20 * (heights - levels) ** 2).softmax(0)
-    return shares.repeat(batch, 1, 1, 1)
+    return shares.repeat(batch, 1, 1, 1).to(device)
 
 
 def run_inference(config: Config, segmenter: Segmenter | None = None) -> Spent:
@@ -237,7 +237,7 @@ def run_inference(config: Config, segmenter: Segmenter | None = None) -> Spent:
     section, classes = config.inference, config.model.num_classes
     device = Runtime().device(section.device)
     if segmenter is None:
-        shares = constant_shares(section.batch_size, classes)
+        shares = constant_shares(section.batch_size, classes, device)
         segment = Watched(lambda pixels: shares[: len(pixels)])
     else:
         segment = Watched(segmenter)
@@ -267,13 +267,65 @@ def null_map(path: Path, overrides: Sequence[str]) -> Spent:
 # ---- train ----
 
 
+class Epoch(NamedTuple):
+    """What an epoch took after its first batch: wall clock, that in which it waited, CPU."""
+
+    samples: int
+    span: float
+    waited: float
+    cpu: float
+
+    @property
+    def over_steps(self) -> float:
+        """The whole over the part in which it did not wait for a batch.
+
+        >>> Epoch(samples=8, span=10.1, waited=0.1, cpu=10).over_steps
+        1.01
+        """
+        return self.span / (self.span - self.waited)
+
+
+class Epochs(VerbosityLogger):
+    """A logger that says nothing and meters the batches that pass its progress bar."""
+
+    def __init__(self) -> None:
+        super().__init__(stream=io.StringIO(), silent=True)
+        self.spent: list[Epoch] = []
+
+    def progress(self, items: Iterable[Sample], *_: Any, **__: Any) -> Iterator[Sample]:
+        """Pass batches on, and remember how long each was waited for."""
+        batches = iter(items)
+        samples, waited = 0, 0.0
+        yield next(batches)  # loader processes start up with it
+        start, cpu, asked = time.perf_counter(), cpu_seconds(), time.perf_counter()
+        for batch in batches:
+            waited += time.perf_counter() - asked
+            samples += len(batch.name)
+            yield batch
+            asked = time.perf_counter()
+        span = time.perf_counter() - start
+        self.spent.append(Epoch(samples, span, waited, cpu_seconds() - cpu))
+
+
+def split_of(config: Config) -> tuple[Manifest, Split]:
+    """The cache, and all of its tiles but one to train on."""
+    manifest = read_manifest(config.train.processed_dir)
+    first, *others = sorted(manifest.tiles)
+    return manifest, Split(train=others, val=[first])
+
+
+def train_batches(config: Config) -> DataLoader:
+    """A lone process's batches to learn from."""
+    manifest, split = split_of(config)
+    turns, seed = config.dataset.augmentations, config.resources.seed
+    return make_loaders(split, manifest, config.train, turns, seed, Runtime()).train
+
+
 def run_training(config: Config, log: VerbosityLogger) -> None:
     """Fit a head to all tiles of the cache but the one that validates."""
     section, seed = config.train, config.resources.seed
-    manifest = read_manifest(section.processed_dir)
-    first, *others = sorted(manifest.tiles)
+    manifest, split = split_of(config)
     with distributed(config.resources) as run:
-        split = Split(train=others, val=[first])
         loaders = make_loaders(split, manifest, section, config.dataset.augmentations, seed, run)
         torch.manual_seed(seed)
         head = build_head(
