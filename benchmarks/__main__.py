@@ -6,13 +6,12 @@
 The exit code is 1 where a figure is outside its limit.
 """
 
-import importlib
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.meter import apart
+from benchmarks.meter import apart, rows_of
 from benchmarks.rows import Row, command_line, print_table
 from utils.logging import duration, say
 
@@ -28,11 +27,6 @@ def scripts() -> list[str]:
     return sorted({path.stem for path in Path(__file__).parent.glob("*.py")} - NO_SCRIPTS)
 
 
-def measured(name: str) -> list[Row]:
-    """What a script measures."""
-    return importlib.import_module(f"benchmarks.{name}").measure()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run scripts, each in a process of its own; 1 where a figure is outside its limit."""
     parser = command_line(__doc__)
@@ -43,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     for name in wanted:
         start = time.monotonic()
-        rows += apart(measured, name)
+        rows += apart(rows_of, f"benchmarks.{name}")
         say(f"{name}: measured in {duration(time.monotonic() - start)}")
     print_table(rows)
     within = sum(row.ok for row in rows)

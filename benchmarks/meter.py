@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -139,3 +140,8 @@ def apart(call: Callable[..., Result], *arguments: Any) -> Result:
     """A module's function called in a new process: its memory is its own."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(call, *arguments).result()
+
+
+def rows_of(script: str) -> Any:
+    """What a module measures; in here, since a new process cannot see into `__main__.py`."""
+    return import_module(script).measure()
