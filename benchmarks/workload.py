@@ -201,7 +201,7 @@ def dtype_of(config: Config) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode torch.compile would refuse it
 def bare_forward(backbone: DinoBackbone, image: Tensor) -> None:
     """The least that features take: the blocks up to the deepest one needed, and the norm."""
     tokens, places = backbone.embeddings(image), backbone.rope(image)
