@@ -1,7 +1,7 @@
 # Each target only calls what can be called by hand; `make demo PYTHON=python3.12` picks another Python.
 PYTHON ?= python3
 
-.PHONY: demo test lint
+.PHONY: demo test lint bench
 
 demo: .venv/run.stamp
 	.venv/bin/python -m utils.demo demo
@@ -13,6 +13,9 @@ test: .venv/dev.stamp
 
 lint: .venv/dev.stamp
 	.venv/bin/ruff check .
+
+bench: .venv/run.stamp
+	.venv/bin/python -m benchmarks
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
