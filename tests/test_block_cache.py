@@ -42,7 +42,7 @@ def write_strips(path, width, **profile):
 
 
 def test_scenes_in_tiles_need_no_more_than_the_least(run):
-    assert run() == "64"
+    assert run() == "32"
 
 
 @pytest.mark.parametrize(("tile_size", "megabytes"), [(512, 166), (256, 84)])
@@ -52,7 +52,7 @@ def test_strips_of_a_wide_scene_make_it_larger_by_every_reader(
     path = write_strips(tmp_path / "wide.tif", 20_000, blockysize=8, compress="deflate")
     wide = {"input_tif": str(path), "tile_size": tile_size, "readers": 2}
     assert run(inference=wide) == str(megabytes)  # 2 × (rows + 8) × 20 000 × 8 bytes
-    assert run(inference=wide | {"enable": False}) == "64"
+    assert run(inference=wide | {"enable": False}) == "32"
 
 
 def test_it_takes_no_more_than_a_quarter_of_the_memory(run, tmp_path, monkeypatch):
@@ -63,13 +63,13 @@ def test_it_takes_no_more_than_a_quarter_of_the_memory(run, tmp_path, monkeypatc
 
 def test_a_size_that_the_user_has_set_stays(run, tmp_path):
     path = write_strips(tmp_path / "wide.tif", 20_000, compress="deflate")
-    assert run("32", inference={"input_tif": str(path), "tile_size": 512}) == "32"
+    assert run("20", inference={"input_tif": str(path), "tile_size": 512}) == "20"
 
 
 def test_what_cannot_be_opened_is_left_to_the_phase_that_needs_it(run, tmp_path):
-    assert run(inference={"input_tif": "nowhere.tif"}) == "64"
+    assert run(inference={"input_tif": "nowhere.tif"}) == "32"
     (tmp_path / "text.tif").write_text("no raster")
-    assert run(inference={"input_tif": "text.tif"}) == "64"
+    assert run(inference={"input_tif": "text.tif"}) == "32"
 
 
 def test_bands_stored_one_after_the_other_are_counted_as_well(tmp_path):

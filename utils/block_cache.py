@@ -1,6 +1,6 @@
 """GDAL's cache of decoded blocks: small, but never too small for the scenes of a run.
 
-GDAL's own size is 5 % of the memory, and a tall scene fills it. 64 MB are enough for scenes stored
+GDAL's own size is 5 % of the memory, and a tall scene fills it. 32 MB are enough for scenes stored
 in tiles. Of one stored in strips, as wide as the scene, a row of our tiles needs all it lies in.
 """
 
@@ -15,7 +15,7 @@ from config import Config
 from utils.raster import RasterError, open_raster
 from utils.scenes import files_of
 
-LEAST = "64"  # MB; what `utils.process` sets before GDAL is loaded
+LEAST = "32"  # MB; what `utils.process` sets before GDAL is loaded
 KEY = "GDAL_CACHEMAX"
 
 

@@ -1,11 +1,14 @@
 """The process around a run: threads, signals, and what an error means to whoever started it."""
 
 import contextlib
+import ctypes
 import os
 import signal
 from collections.abc import Iterator
 
 from config import Config
+
+M_ARENA_MAX = -8  # of malloc.h
 
 
 def set_environment(config: Config) -> None:
@@ -13,7 +16,17 @@ def set_environment(config: Config) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     os.environ["OMP_NUM_THREADS"] = str(min(config.resources.omp_threads, share))
-    os.environ.setdefault("GDAL_CACHEMAX", "64")  # MB; `utils.block_cache` enlarges it
+    os.environ.setdefault("GDAL_CACHEMAX", "32")  # MB; `utils.block_cache` enlarges it
+    share_one_heap()
+
+
+def share_one_heap() -> None:
+    """Have all threads take memory from one heap, where the C library is glibc.
+
+    By itself it gives each thread heaps of its own, which keep what was freed.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 @contextlib.contextmanager

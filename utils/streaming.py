@@ -8,9 +8,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from itertools import cycle
+from itertools import chain, cycle
 from typing import Any, TypeVar
 
+RUN = 4
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -23,7 +24,8 @@ def ahead(
 ) -> Iterator[Iterator[Result]]:
     """What readers make of items, in order, from a thread for each of the readers.
 
-    A reader is entered, called and left in its own thread, as rasterio's handles want it. `depth`:
+    A reader is entered, called and left in its own thread, as rasterio's handles want it; each
+    takes RUN items in turn, since neighbours share blocks that a handle decodes once. `depth`:
     results that are held or under way.
 
     >>> from contextlib import nullcontext
@@ -35,7 +37,8 @@ def ahead(
     pending: deque[Future[Result]] = deque()
 
     def results() -> Iterator[Result]:
-        for item, submit in zip(items, cycle(threads), strict=False):
+        turns = chain.from_iterable([thread] * RUN for thread in cycle(threads))
+        for item, submit in zip(items, turns, strict=False):
             pending.append(submit(item))
             if len(pending) >= depth:
                 yield pending.popleft().result()
