@@ -13,7 +13,10 @@ FLOORS = [
         "utils.losses", "utils.metrics", "utils.optim", "utils.logging", "utils.landscape",
         "utils.turns", "utils.streaming", "utils.artefacts", "models.blocks",
     },
-    {"utils.key_faults", "utils.raster", "utils.footprints", "utils.blending", "models.base"},
+    {
+        "utils.key_faults", "utils.journal", "utils.raster", "utils.footprints", "utils.blending",
+        "models.base",
+    },
     {
         "config", "utils.scenes", "utils.vectors", "utils.maps", "utils.ground", "utils.blocks",
         "utils.warping", "models.linear", "models.unet", "models.unet_v2", "models.maskformer",

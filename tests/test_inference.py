@@ -72,6 +72,11 @@ def predict(section, network, classes, **reading):
     return section.output_tif
 
 
+def seen_in(folder):
+    """The files of a folder but for the rows that are kept to go on with."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".resume"))
+
+
 def write_scene(folder, height, width, nodata=None, seed=1):
     image, _ = project.land(height, width, seed)
     return project.write_scene(folder / "scene.tif", image, project.grid(height, width), nodata)
@@ -298,7 +303,7 @@ def test_a_failure_half_way_leaves_the_old_map_and_no_other_file(tmp_path):
     with pytest.raises(MemoryError):
         section = section_of(tmp_path, tile_size=32, batch_size=2, overlap=0.0)
         predict(section, failing, 3)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["map.tif", "scene.tif"]
+    assert seen_in(tmp_path) == ["map.tif", "scene.tif"]
     assert (tmp_path / "map.tif").read_bytes() == b"the map of yesterday"
 
 
@@ -319,12 +324,13 @@ from pathlib import Path
 import torch
 from test_inference import Unlike, predict, section_of
 from utils.maps import MapError
+from utils.process import exit_code_of
 folder = Path(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 try:
     predict(section_of(folder, tile_size=32), Unlike(32, 3), 3)
-except MapError as error:
-    sys.exit(error.exit_code)
+except (MapError, OSError) as error:
+    sys.exit(exit_code_of(error))
 """
 
 
@@ -333,8 +339,102 @@ def test_a_disk_that_is_full_at_the_last_block_leaves_no_map(tmp_path):
     command = [sys.executable, "-c", FULL_DISK, tmp_path]
     surroundings = project.surroundings(PYTHONPATH=f"{project.ROOT}:{project.ROOT / 'tests'}")
     result = subprocess.run(command, env=surroundings, capture_output=True, check=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["scene.tif"]
+    assert seen_in(tmp_path) == ["scene.tif"]
     assert result.returncode == 4
+
+
+class Killed(BaseException):
+    """Ends a run in the middle."""
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.6])
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("memory", [1024, 0.2])
+def test_a_run_that_ended_anywhere_goes_on_and_makes_the_same_map(
+    tmp_path, monkeypatch, overlap, batch_size, memory
+):
+    """Whatever tile it ended at, with strips or without; tiles are predicted once, but for one
+    overlap and one batch."""
+    monkeypatch.setattr("utils.products.MB", 10**6 * memory / 1024)
+    monkeypatch.setattr("utils.inference.most_at_once", lambda device: None)
+    write_scene(tmp_path, 200, 600)
+    network = Unlike(64, 3)
+    keys = {"tile_size": 64, "overlap": overlap, "batch_size": batch_size}
+    keys |= {"confidence": tmp_path / "sure.tif"}
+    predict(section_of(tmp_path, **keys), network, 3)
+    wanted = [(tmp_path / name).read_bytes() for name in ("map.tif", "sure.tif")]
+    calls = -(-network.tiles // batch_size)
+    for last in range(1, calls + 1, 1 + calls // 5):
+        for path in [*tmp_path.glob("map.*"), tmp_path / "sure.tif"]:
+            path.unlink()
+        left = iter(range(last))
+
+        def ending(pixels, left=left):
+            if next(left, None) is None:
+                raise Killed
+            return network(pixels)
+
+        try:
+            predict(section_of(tmp_path, **keys), ending, 3)
+        except Killed:
+            assert seen_in(tmp_path) == ["scene.tif"]
+            predict(section_of(tmp_path, **keys), network, 3)
+        found = [(tmp_path / name).read_bytes() for name in ("map.tif", "sure.tif")]
+        assert found == wanted
+        names = sorted(path.name for path in tmp_path.iterdir())
+        assert names == ["map.tif", "map.tif.aux.xml", "scene.tif", "sure.tif"]
+
+
+def end_after(section, network, tiles_seen):
+    """Predict until so many tiles went through the network."""
+
+    def ending(pixels):
+        if network.tiles >= tiles_seen:
+            raise Killed
+        return network(pixels)
+
+    with pytest.raises(Killed):
+        predict(section, ending, 3)
+
+
+def test_finished_rows_are_not_predicted_again(tmp_path):
+    write_scene(tmp_path, 640, 64)
+    section, network = section_of(tmp_path, tile_size=64, overlap=0.0, batch_size=1), Unlike(64, 3)
+    end_after(section, network, 7)
+    predict(section, network, 3)
+    assert network.tiles == 10
+
+
+@pytest.mark.parametrize("change", ["settings", "scene", "weights", "damage"])
+def test_rows_of_another_run_or_damaged_ones_are_made_again(tmp_path, change):
+    write_scene(tmp_path, 640, 64)
+    keys = {"tile_size": 64, "overlap": 0.0, "batch_size": 1}
+    network, section = Unlike(64, 3), section_of(tmp_path, **keys)
+    predict(section, network, 3)
+    wanted = (tmp_path / "map.tif").read_bytes()
+    network.tiles = 0
+    end_after(section, network, 7)
+    network.tiles = 0
+    kept = sorted((tmp_path / ".map.tif.resume").glob("*.npz"))
+    trained, again = trained_on(3), 10
+    if change == "settings":
+        section = section_of(tmp_path, **keys | {"blend": "linear"})
+    elif change == "scene":
+        write_scene(tmp_path, 640, 64, seed=2)
+        write_scene(tmp_path, 640, 64)
+    elif change == "weights":
+        trained = Trained(default_legend(3), Reading(), None, {"made": "by another"})
+    else:
+        stored = bytearray(kept[3].read_bytes())
+        stored[len(stored) // 2] ^= 1
+        kept[3].write_bytes(stored)
+        again = 10 - 3
+    predict_scene(
+        section, SceneFile("scene", section.input_tif), False, network, trained, CPU, QUIET
+    )
+    assert network.tiles == again
+    if change != "weights":  # which the map's tags tell
+        assert (tmp_path / "map.tif").read_bytes() == wanted
 
 
 def test_a_scene_that_is_missing_is_named(tmp_path):

@@ -137,6 +137,20 @@ def test_a_failed_call_is_raised_and_what_waits_is_dropped():
     assert calls == [0, 1]
 
 
+def test_calls_that_wait_are_made_though_the_caller_fails():
+    calls = []
+
+    def slow(number):
+        time.sleep(0.02)
+        calls.append(number)
+
+    with pytest.raises(KeyboardInterrupt), behind(depth=3) as hand:
+        for number in range(3):
+            hand(slow, number)
+        raise KeyboardInterrupt
+    assert calls == [0, 1, 2]
+
+
 def test_a_last_call_that_fails_is_raised_too():
     with pytest.raises(ZeroDivisionError), behind(depth=5) as hand:
         hand(lambda: 1 / 0)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from utils.blending import Strip
 from utils.checkpoint import Checkpoint
 from utils.distributed import autocast, most_at_once, upload
 from utils.ground import PolygonError
+from utils.journal import Journal
 from utils.logging import VerbosityLogger
 from utils.maps import Legend, MapError, MapWriter, UnwrittenError
 from utils.polygons import write_polygons
@@ -26,10 +28,11 @@ from utils.products import (
     Prediction,
     Product,
     Sheet,
-    mosaic_of,
+    blend_of,
     products_of,
     raster_path,
     strips_of,
+    work_left,
 )
 from utils.raster import (
     Pixels,
@@ -227,16 +230,16 @@ def predict_scene(
     products = products_of(section, file.name, several, trained.legend)
     with open_scene(file.path, trained.reading, file.name) as scene:
         warn_of_gsd(scene, trained, log)
-        if scene.grid == scene.own_grid:
-            write_products(section, scene, products, network, trained, device, log)
-        else:
-            resample_products(section, scene, file, products, network, trained, device, log)
+        write = write_products if scene.grid == scene.own_grid else resample_products
+        resume = products[0].path
+        journal = write(section, scene, products, resume, network, trained, device, log)
     if (polygons := polygons_path(section, file.name, several)) is not None:
         names = trained.legend.names
         count = write_polygons(
             products[0].path, polygons, names, section.min_area, section.simplify
         )
         log.info(f"inference: {count} polygons in {polygons}")
+    journal.discard()
 
 
 def warn_of_gsd(scene: Scene, trained: Trained, log: VerbosityLogger) -> None:
@@ -252,12 +255,17 @@ def warn_of_gsd(scene: Scene, trained: Trained, log: VerbosityLogger) -> None:
 
 
 def write_products(
-    section: Inference, scene: Scene, products: Sequence[Product], network: Network,
+    section: Inference, scene: Scene, products: Sequence[Product], resume: Path, network: Network,
     trained: Trained, device: torch.device, log: VerbosityLogger,
-) -> None:  # fmt: skip
-    """Predict a scene on the grid it is read on."""
-    work = plan_of(section, scene, products, trained, log)
-    segment = segment_on(device, trained.precision, network, views(section.tta))
+) -> Journal:  # fmt: skip
+    """Predict a scene on the grid it is read on; rows that are finished go to a journal first.
+
+    resume: the path that the journal lies beside.
+    """
+    grid, count = scene.grid, len(trained.legend.names)
+    strips = strips_of(section, grid, products, count)
+    work = plan_of(section, scene, strips, log)
+    journal = Journal(resume, journal_plan(section, scene, products, strips, trained))
     with contextlib.ExitStack() as stack:
         sheets = []
         for product in products:
@@ -265,10 +273,31 @@ def write_products(
                 product.path, scene.grid, product.content, section.format, trained.tags
             )
             sheets.append(Sheet(product, stack.enter_context(writer), section.tile_size))
-        count = len(trained.legend.names)
-        mosaic = mosaic_of(section, scene.grid, count, device, sheets)
+        rows = sorted({tile.row for _, tile in work})
+        mosaic = Mosaic(strips, rows, blend_of(section, grid, count, device), sheets, journal)
+        batch = min(section.batch_size, most_at_once(device) or section.batch_size)
+        left = work_left(work, mosaic, batch)
+        if len(left) < len(work):
+            log.info(f"inference: going on with tile {len(work) - len(left) + 1} of {len(work)}")
+        segment = segment_on(device, trained.precision, network, views(section.tta))
         readers = [reader_of(scene) for _ in range(section.readers)]
-        predict_tiles(section, work, readers, segment, mosaic, device, log)
+        predict_tiles(left, batch, readers, segment, mosaic, log)
+    return journal
+
+
+def journal_plan(
+    section: Inference, scene: Scene, products: Sequence[Product], strips: Sequence[Strip],
+    trained: Trained,
+) -> dict[str, Any]:  # fmt: skip
+    """All that the rows of a map depend on."""
+    return {
+        "tags": dict(trained.tags),
+        "scene": scene.identity,
+        "reading": str(scene.reading),
+        "products": [[product.of.__name__, product.content.dtype] for product in products],
+        "strips": strips,
+        "size": [section.tile_size, section.overlap, section.blend],
+    }
 
 
 @contextlib.contextmanager
@@ -279,67 +308,63 @@ def reader_of(scene: Scene) -> Iterator[Callable[[Tile], Pixels]]:
 
 
 def plan_of(
-    section: Inference, scene: Scene, products: Sequence[Product], trained: Trained,
-    log: VerbosityLogger,
-) -> list[tuple[Strip, Tile]]:  # fmt: skip
+    section: Inference, scene: Scene, strips: Sequence[Strip], log: VerbosityLogger
+) -> list[tuple[Strip, Tile]]:
     """The tiles to predict, in order, each with the columns that it is for."""
     grid = scene.grid
     plan = tiles(grid.height, grid.width, section.tile_size, section.overlap)
-    parts = strips_of(section, grid, products, len(trained.legend.names))
-    work = [(strip, tile) for strip in parts for tile in plan if strip.meets(tile)]
+    work = [(strip, tile) for strip in strips for tile in plan if strip.meets(tile)]
     log.info(
         f"inference: {scene.path.name}, {grid.height}×{grid.width} pixels, "
         f"{len(plan)} tiles of {section.tile_size}, {len(views(section.tta))} view(s)"
     )
-    if len(parts) > 1:
+    if len(strips) > 1:
         log.info(
-            f"inference: {len(parts)} strips to stay within {section.max_memory} MB "
+            f"inference: {len(strips)} strips to stay within {section.max_memory} MB "
             f"(inference.max_memory); {len(work) - len(plan)} tiles between them are mapped twice"
         )
     return work
 
 
 def predict_tiles(
-    section: Inference, work: Sequence[tuple[Strip, Tile]],
+    work: Sequence[tuple[Strip, Tile]], batch: int,
     readers: Sequence[contextlib.AbstractContextManager], segment: Segment, mosaic: Mosaic,
-    device: torch.device, log: VerbosityLogger,
+    log: VerbosityLogger,
 ) -> None:  # fmt: skip
     """Run the network over tiles that other threads read before and blend behind it."""
-    size = min(section.batch_size, most_at_once(device) or section.batch_size)
     plan = [tile for _, tile in work]
 
     def blend(strips: Sequence[Strip], predictions: Sequence[Prediction]) -> None:
         for strip, prediction in zip(strips, predictions, strict=True):
             mosaic.take(strip, prediction)
 
-    with behind(WAITING) as hand, ahead(readers, plan, 2 * size) as found:
+    with behind(WAITING) as hand, ahead(readers, plan, 2 * batch) as found:
         steps = log.progress(zip(work, found, strict=True), "inference", len(work), "tile", 50)
-        for batch in batched(steps, size):
-            places, pixels = zip(*batch, strict=True)
-            strips, group = zip(*places, strict=True)
-            hand(blend, strips, predict_batch(group, pixels, segment))
+        for group in batched(steps, batch):
+            places, pixels = zip(*group, strict=True)
+            strips, together = zip(*places, strict=True)
+            hand(blend, strips, predict_batch(together, pixels, segment))
+        hand(mosaic.finish)
 
 
 def resample_products(
-    section: Inference, scene: Scene, file: SceneFile, products: Sequence[Product],
-    network: Network, trained: Trained, device: torch.device, log: VerbosityLogger,
-) -> None:  # fmt: skip
+    section: Inference, scene: Scene, products: Sequence[Product], resume: Path, network: Network,
+    trained: Trained, device: torch.device, log: VerbosityLogger,
+) -> Journal:  # fmt: skip
     """Predict at dataset.gsd into drafts, then write these on the scene's own grid."""
-    drafts = [
-        each._replace(path=temporary_of(each.path))
-        for each in products
-    ]
+    drafts = [each._replace(path=temporary_of(each.path)) for each in products]
     plain = section.model_copy(update={"format": "gtiff"})
     try:
-        write_products(plain, scene, drafts, network, trained, device, log)
+        journal = write_products(plain, scene, drafts, resume, network, trained, device, log)
         own = replace(trained.reading, gsd=None)
-        with open_scene(file.path, own, file.name) as source:
+        with open_scene(scene.path, own, scene.name) as source:
             for draft, product in zip(drafts, products, strict=True):
                 write_on_grid(draft.path, product, source, section.format, trained.tags)
     finally:
         for draft in drafts:
             for ending in ("", ".aux.xml"):
                 Path(f"{draft.path}{ending}").unlink(missing_ok=True)
+    return journal
 
 
 def write_on_grid(

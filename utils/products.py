@@ -11,6 +11,7 @@ from torch import Tensor
 
 from config import Inference
 from utils.blending import Blend, Part, Strip, carried_rows, strips
+from utils.journal import Journal
 from utils.maps import (
     BLOCK,
     Content,
@@ -122,49 +123,105 @@ class Sheet:
         self._first, self._rows = strip.start, np.empty(shape, content.dtype)
         self._writer.begin(strip.start, strip.stop)
 
-    def put(self, part: Part) -> None:
-        """Take a part; write the rows when it is the last of them."""
+    def put(self, part: Part) -> np.ndarray | None:
+        """Take a part; returns the rows (bands, n, width) when it is the last of them."""
         height, width, start = part.place.height, part.place.width, part.place.col - self._first
         self._rows[:, :height, start : start + width] = self._product.of(part)
-        if start + width == self._rows.shape[2]:
-            self._writer.write(self._rows[:, :height])
+        return self._rows[:, :height] if start + width == self._rows.shape[2] else None
+
+    def write(self, rows: np.ndarray) -> None:
+        """Append finished rows."""
+        self._writer.write(rows)
 
 
 class Mosaic:
     """Takes predictions tile by tile, blends them and puts what is finished on each sheet.
 
-    blend: makes the blend of a strip. Its methods are called by one thread only.
+    strips: the columns to map, one after the other; rows: where the rows of tiles start; blend:
+    makes the blend of a strip. Rows that are in the journal are taken from it. The methods are
+    called by one thread only.
     """
 
-    def __init__(self, blend: Callable[[Strip], Blend], sheets: Sequence[Sheet]) -> None:
-        self._blend_of, self._sheets = blend, sheets
+    def __init__(
+        self,
+        strips: Sequence[Strip],
+        rows: Sequence[int],
+        blend: Callable[[Strip], Blend],
+        sheets: Sequence[Sheet],
+        journal: Journal,
+    ) -> None:
+        self._strips, self._rows, self._blend_of = list(strips), list(rows), blend
+        self._sheets, self._journal = sheets, journal
         self._blend: Blend | None = None
 
+    def missing(self, strip: Strip) -> int | None:
+        """The first row of tiles of a strip that is not in the journal; None if all are."""
+        return next(
+            (row for row in self._rows if (strip.start, row) not in self._journal.places), None
+        )
+
     def take(self, strip: Strip, prediction: Prediction) -> None:
-        """Add the next tile of a strip; a strip follows when the one before is whole."""
-        if self._blend is None or self._blend.strip != strip:
-            self._blend = None  # first, so that two strips are never held at once
-            self._blend = self._blend_of(strip)
-            for sheet in self._sheets:
-                sheet.begin(strip)
+        """Add the next tile of a strip; what it finishes is written if it was missing."""
+        while self._blend is None or self._blend.strip != strip:
+            self._begin_next()
         part = self._blend.feed(*prediction)
-        if part is None:
+        if part is None or self._from is None or part.place.row < self._from:
             return
+        self._check(part, prediction.tile)
+        rows = [sheet.put(part) for sheet in self._sheets]
+        if rows[0] is not None:
+            self._journal.keep((strip.start, part.place.row), rows)
+            self._append(rows)
+
+    def finish(self) -> None:
+        """Write strips of which no tile had to be predicted."""
+        while self._strips:
+            self._begin_next()
+
+    def _begin_next(self) -> None:
+        strip = self._strips.pop(0)
+        self._blend = None  # first, so that two strips are never held at once
+        self._blend = self._blend_of(strip)
+        self._from = self.missing(strip)
+        for sheet in self._sheets:
+            sheet.begin(strip)
+        for row in self._rows:
+            if row == self._from:
+                break
+            self._append(self._journal.read((strip.start, row)))
+
+    def _append(self, rows: Sequence[np.ndarray]) -> None:
+        for sheet, part in zip(self._sheets, rows, strict=True):
+            sheet.write(part)
+
+    def _check(self, part: Part, tile: Tile) -> None:
         if not torch.isfinite(part.probabilities.sum()):
             raise InferenceError(
-                f"tile {prediction.tile.name}: probabilities are not finite; the head's or the "
+                f"tile {tile.name}: probabilities are not finite; the head's or the "
                 "backbone's weights are damaged, or resources.precision does not suit them"
             )
-        for sheet in self._sheets:
-            sheet.put(part)
 
 
-def mosaic_of(
-    section: Inference, grid: Grid, num_classes: int, device: torch.device, sheets: Sequence[Sheet]
-) -> Mosaic:
-    """The mosaic of a scene as the configuration wants it blended."""
+def blend_of(
+    section: Inference, grid: Grid, num_classes: int, device: torch.device
+) -> Callable[[Strip], Blend]:
+    """What makes the blend of a strip as the configuration wants it."""
     whole = (grid.height, grid.width, section.tile_size, section.overlap, num_classes, device)
-    return Mosaic(partial(Blend, *whole, section.blend), sheets)
+    return partial(Blend, *whole, section.blend)
+
+
+def work_left(
+    work: Sequence[tuple[Strip, Tile]], mosaic: Mosaic, batch: int
+) -> Sequence[tuple[Strip, Tile]]:
+    """The tiles from the first on that adds to a missing row.
+
+    Whole batches are left out only, so that the others are the same as in a run from the start.
+    """
+    missing = {strip: mosaic.missing(strip) for strip, _ in work}
+    for number, (strip, tile) in enumerate(work):
+        if missing[strip] is not None and tile.row + tile.height > missing[strip]:
+            return work[number // batch * batch :]
+    return []
 
 
 def strips_of(

@@ -72,8 +72,8 @@ def _living_in_a_thread(
 def behind(depth: int) -> Iterator[Callable[..., None]]:
     """A function that has another one called in a thread, in order, and returns at once.
 
-    It waits only where `depth` calls are pending. The block ends when all are done; after a failure
-    the calls that have not begun are dropped.
+    It waits only where `depth` calls are pending. The block ends when all are done, also where an
+    error leaves it; after a call has failed those that have not begun are dropped.
 
     >>> written = []
     >>> with behind(depth=2) as hand:
@@ -83,16 +83,23 @@ def behind(depth: int) -> Iterator[Callable[..., None]]:
     [0, 1, 2, 3]
     """
     pending: deque[Future[Any]] = deque()
+    failed = False
+
+    def settle() -> None:
+        nonlocal failed
+        failed = True
+        pending.popleft().result()
+        failed = False
 
     def hand(function: Callable[..., Any], *arguments: Any) -> None:
         while pending and (len(pending) >= depth or pending[0].done()):
-            pending.popleft().result()
+            settle()
         pending.append(pool.submit(function, *arguments))
 
     pool = ThreadPoolExecutor(1, "writer")
     try:
         yield hand
         while pending:
-            pending.popleft().result()
+            settle()
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=failed)
