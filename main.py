@@ -87,9 +87,6 @@ def guarded(config: Config) -> int:
     try:
         with stoppable():
             run_phases(config, log)
-    except KeyboardInterrupt:
-        log.error("stopped by a signal; what is finished is kept, run it again to go on")
-        return 75
     except Exception as error:
         code = exit_code_of(error)
         if code is None:
@@ -108,15 +105,18 @@ def run_phases(config: Config, log: "VerbosityLogger") -> None:
     from utils.block_cache import make_room
     from utils.distributed import distributed
     from utils.logging import TimedBlock
+    from utils.process import STOP
 
     make_room(config)
     torch.set_float32_matmul_precision(config.resources.matmul_precision)
     with distributed(config.resources) as run:
         for phase in (prepare, verify, train):
+            STOP.check()
             if getattr(config, phase.__name__).enable:
                 with TimedBlock(log, phase.__name__):
                     phase(config, run, log)
     # the group is left by now: nobody should wait in it while one rank maps a scene for hours
+    STOP.check()
     if run.is_main and config.inference.enable:
         with TimedBlock(log, "inference"):
             inference(config, run, log)

@@ -22,6 +22,7 @@ from utils.journal import Journal
 from utils.logging import VerbosityLogger
 from utils.maps import Legend, MapError, MapWriter, UnwrittenError
 from utils.polygons import write_polygons
+from utils.process import STOP
 from utils.products import (
     InferenceError,
     Mosaic,
@@ -341,6 +342,7 @@ def predict_tiles(
     with behind(WAITING) as hand, ahead(readers, plan, 2 * batch) as found:
         steps = log.progress(zip(work, found, strict=True), "inference", len(work), "tile", 50)
         for group in batched(steps, batch):
+            STOP.check()
             places, pixels = zip(*group, strict=True)
             strips, together = zip(*places, strict=True)
             hand(blend, strips, predict_batch(together, pixels, segment))

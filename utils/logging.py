@@ -19,6 +19,7 @@ Item = TypeVar("Item")
 
 LEVELS = {"error": logging.ERROR, "info": logging.INFO, "debug": logging.DEBUG}
 SILENT = logging.CRITICAL + 1
+STOPPED = 75  # the exit code of a run that a signal ended
 _CONTROL = {code: f"\\x{code:02x}" for code in [*range(32), 127, *range(128, 160)]}
 
 
@@ -205,4 +206,5 @@ class TimedBlock:
         if error is None:
             self.log.info(f"{self.label}: finished in {duration(self.seconds)}")
         else:
-            self.log.error(f"{self.label}: failed after {duration(self.seconds)}")
+            how = "stopped" if getattr(error, "exit_code", None) == STOPPED else "failed"
+            self.log.error(f"{self.label}: {how} after {duration(self.seconds)}")

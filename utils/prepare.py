@@ -42,6 +42,7 @@ from utils.labels import (
 )
 from utils.logging import VerbosityLogger
 from utils.maps import legend_of
+from utils.process import STOP
 from utils.raster import RasterError, Reading, Scene, ground_gsd, open_scene
 from utils.sampling import class_counts
 from utils.scenes import SceneFile, band_ranges, default_bands, find_scenes
@@ -197,6 +198,7 @@ def prepare(
         found = stack.enter_context(ahead(readers, work, 2 * section.batch_size))
         steps = log.progress(found, "prepare", total=len(work), unit="tile", every=50)
         for batch in batched(_to_make(steps, tally), section.batch_size):
+            STOP.check()
             features = encode(np.stack([tile.image for tile in batch]))
             hand(_write_tiles, folder, batch, features)
     tally.merge(run.gather(tally))

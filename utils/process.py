@@ -9,6 +9,11 @@ from collections.abc import Iterator
 from config import Config
 
 M_ARENA_MAX = -8  # of malloc.h
+SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1")
+    if hasattr(signal, name)  # Windows has no SIGUSR1
+]
 
 
 def set_environment(config: Config) -> None:
@@ -29,26 +34,71 @@ def share_one_heap() -> None:
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
+class StoppedError(Exception):
+    """A signal asked the run to end; what is finished is kept."""
+
+    exit_code = 75
+    everywhere = True
+
+    def __init__(self) -> None:
+        super().__init__("stopped by a signal; what is finished is kept, run it again to go on")
+
+
+class Stop:
+    """Whether a signal has asked the run to end. Phases look at it between two pieces of work.
+
+    >>> stop = Stop()
+    >>> stop.check()
+    >>> stop.ask(signal.SIGTERM, None)
+    >>> stop.check()
+    Traceback (most recent call last):
+    utils.process.StoppedError: stopped by a signal; what is finished is kept, run it again to go on
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def ask(self, number: int, _: object) -> None:
+        """Handle a signal: remember it; a second Ctrl-C ends the process at once."""
+        if self.asked and number == signal.SIGINT:
+            os._exit(130)
+        self.asked = True
+
+    def check(self) -> None:
+        """Raise StoppedError where the run is to end."""
+        if self.asked:
+            raise StoppedError
+
+
+STOP = Stop()
+
+
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGTERM is like Ctrl-C inside. Afterwards a rank is deaf to torchrun, which stops all ranks
+    """Signals only ask the run to end. Afterwards a rank is deaf to torchrun, which stops all ranks
     when one ends: it is ending by itself, with its own exit code.
 
     >>> before = signal.getsignal(signal.SIGTERM)
-    >>> with stoppable(): signal.getsignal(signal.SIGTERM).__name__
-    'stop'
+    >>> with stoppable(): signal.getsignal(signal.SIGTERM) == STOP.ask
+    True
     >>> signal.getsignal(signal.SIGTERM) == before
     True
     """
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
+    STOP.asked = False
+    before = {number: signal.signal(number, STOP.ask) for number in SIGNALS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN if "RANK" in os.environ else before)
+        for number, handler in before.items():
+            deaf = number == signal.SIGTERM and "RANK" in os.environ
+            signal.signal(number, signal.SIG_IGN if deaf else handler)
+
+
+def forget_signals() -> None:
+    """In a worker process: end when the parent says so, leave Ctrl-C to the parent."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def exit_code_of(error: Exception) -> int | None:
