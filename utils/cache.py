@@ -258,6 +258,14 @@ def check_tile(path: Path, manifest: Manifest) -> None:
 
 def check_layout(name: str, content: Any, manifest: Manifest) -> None:
     """Raise TileError where keys, shapes, dtypes or label values are not the manifest's."""
+    check_shapes(name, content, manifest)
+    label = content["label"][content["label"] != manifest.ignore_index]
+    if label.numel() and not 0 <= int(label.min()) <= int(label.max()) < manifest.num_classes:
+        raise TileError(f"{name}: label values outside 0..{manifest.num_classes - 1}")
+
+
+def check_shapes(name: str, content: Any, manifest: Manifest) -> None:
+    """Raise TileError where keys, shapes or dtypes are not the manifest's; values are not read."""
     if not isinstance(content, dict) or set(content) != {"image", "features", "label"}:
         raise TileError(f"{name}: keys are not image, features, label")
     size, cells = manifest.tile_size, manifest.tile_size // manifest.patch_size
@@ -269,9 +277,6 @@ def check_layout(name: str, content: Any, manifest: Manifest) -> None:
     for number, level in enumerate(levels):
         wanted = (manifest.channels, cells, cells)
         _check_tensor(name, f"features[{number}]", level, wanted, FEATURE_DTYPE)
-    label = content["label"][content["label"] != manifest.ignore_index]
-    if label.numel() and not 0 <= int(label.min()) <= int(label.max()) < manifest.num_classes:
-        raise TileError(f"{name}: label values outside 0..{manifest.num_classes - 1}")
 
 
 def _check_tensor(

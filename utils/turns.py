@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,14 @@ class Turn:
     def apply(self, tensor: Tensor) -> Tensor:
         """The tensor (..., rows, columns) mirrored, then turned; itself where neither is asked."""
         return _turned(_mirrored(tensor, self._axes), self.quarters)
+
+    def view(self, array: np.ndarray) -> np.ndarray:
+        """What `apply` does, of a NumPy array and without moving a value.
+
+        >>> Turn(hflip=True, quarters=1).view(np.array([[1, 2], [3, 4]])).tolist()
+        [[1, 3], [2, 4]]
+        """
+        return np.rot90(np.flip(array, self._axes), self.quarters, (-2, -1))
 
     def undo(self, tensor: Tensor) -> Tensor:
         """The inverse of `apply`."""
