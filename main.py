@@ -125,6 +125,7 @@ def prepare(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
     from models.backbone import build_backbone, describe_backbone
     from utils.distributed import device_reason
     from utils.prepare import describe_cache, encode_on, find_sources, prepare
+    from utils.quantize import HALF
 
     device = run.device(config.prepare.device)
     log.info(f"prepare: {device_reason(config.prepare.device, device)}")
@@ -132,11 +133,11 @@ def prepare(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
     spec = describe_backbone(config.model, sources.reading.bands, config.dataset.rgb)
     for remark in spec.remarks:
         log.warning(remark)
-    backbone = build_backbone(config.model, spec)
+    backbone = build_backbone(config.model, spec, HALF[config.prepare.feature_dtype])
     log.info(f"prepare: {spec.name}, blocks {list(spec.layers)}, mean {list(spec.image_mean)}")
     log.info(f"prepare: {sources.reading.line()}")
     manifest = describe_cache(config, sources, backbone, device)
-    encode, seed = encode_on(device, manifest.precision, backbone), config.resources.seed
+    encode, seed = encode_on(device, manifest, backbone), config.resources.seed
     prepare(config.prepare, sources, manifest, encode, seed, run, log)
 
 
@@ -184,6 +185,7 @@ def inference(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
     from utils.distributed import device_reason
     from utils.engine import best_path
     from utils.inference import predict_scenes, trained_as, written
+    from utils.quantize import HALF, rounding
     from utils.scenes import find_scenes
 
     section = config.inference
@@ -193,14 +195,15 @@ def inference(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
     path = section.checkpoint or best_path(config.train.weights_dir, config.model.head)
     checkpoint = load_checkpoint(path)
     bands, rgb = checkpoint.bands, config.dataset.rgb or checkpoint.rgb_bands
-    backbone = build_backbone(config.model, describe_backbone(config.model, bands, rgb))
+    spec = describe_backbone(config.model, bands, rgb)
+    backbone = build_backbone(config.model, spec, HALF[checkpoint.feature_dtype])
     require_fit(path, checkpoint, config, backbone)
     precision = precision_as_trained(path, checkpoint, config.resources.precision, device, log)
     head = build_head(
         checkpoint.head, checkpoint.channels, checkpoint.levels, checkpoint.num_classes, len(bands)
     )
     load_weights(head, checkpoint, path)
-    segmenter = Segmenter(backbone, head).eval().to(device)
+    segmenter = Segmenter(backbone, head, rounding(checkpoint.feature_dtype)).eval().to(device)
     trained = trained_as(checkpoint, path, section, precision)
     predict_scenes(section, scenes, segmenter, trained, device, log)
 

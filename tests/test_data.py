@@ -45,6 +45,7 @@ from utils.data import (
 from utils.distributed import Runtime
 from utils.logging import VerbosityLogger
 from utils.process import exit_code_of, one_line
+from utils.quantize import as_cached, restored
 from utils.sampling import balanced_order
 from utils.splits import Split, SplitError
 from utils.turns import Turn, distinct_turns
@@ -69,7 +70,7 @@ def placed_tile() -> dict:
     inside = (torch.arange(SIZE)[:, None] % 16 * 16 + torch.arange(SIZE) % 16).expand(SIZE, SIZE)
     return {
         "image": torch.stack([pixel, inside, inside.flip(0)]).to(torch.uint8),
-        "features": [torch.stack([cell, -cell]) + 100.0 * level for level in range(LEVELS)],
+        "features": [(torch.stack([cell, -cell]) + 100.0 * n).half() for n in range(LEVELS)],
         "label": pixel.to(torch.uint8),
     }
 
@@ -96,8 +97,9 @@ def dataset_of(folder: Path, augmentations: Augmentations | None = None, seed: i
 
 def sample_of(data: PrecomputedDataset, index: int) -> Sample:
     """A tile as a batch of one, without the batch's axis."""
-    image, features, label, [name] = Collate(255)([data[index]])
-    return Sample(image[0], [level[0] for level in features], label[0], name)
+    batch = Collate(255)([data[index]])
+    features, scales = ([level[0] for level in part] for part in (batch.features, batch.scales))
+    return Sample(batch.image[0], features, batch.label[0], batch.name[0], scales)
 
 
 # Flips and quarter turns
@@ -435,6 +437,23 @@ def test_samples_have_all_the_bands_that_are_cached(folder):
     for batch in loaders_of(folder, 0).train:
         assert batch.image.shape[1:] == (4, SIZE, SIZE)
         assert torch.equal(batch.image[:, 3], batch.label)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_features_in_bytes_come_with_their_scales(folder, workers):
+    write_manifest(made_of(feature_dtype="int8"), folder)
+    stored = placed_tile()
+    for name in NAMES:
+        write_tile(folder, name, **stored | as_cached(stored["features"], "int8"))
+    loaders = loaders_of(folder, workers)
+    for batch in [*loaders.train, *loaders.val]:
+        levels = restored(batch.features, batch.scales)
+        assert batch.features[0].dtype == torch.int8
+        assert [tuple(each.shape) for each in batch.scales] == [(len(batch.name), 2, 2)] * LEVELS
+        for number, level in enumerate(levels):
+            cells = batch.label[:, 8::16, 8::16].float()
+            assert torch.allclose(level[:, 0].float() - 100 * number, cells, atol=0.1)
+            assert torch.allclose(level[:, 1].float() - 100 * number, -cells, atol=0.1)
 
 
 # Damaged tiles in training

@@ -11,7 +11,7 @@ FLOORS = [
     {
         "utils.strict_yaml", "utils.key_rules", "utils.tiling", "utils.cache", "utils.sampling",
         "utils.losses", "utils.metrics", "utils.optim", "utils.logging", "utils.landscape",
-        "utils.turns", "utils.streaming", "models.blocks",
+        "utils.turns", "utils.streaming", "utils.quantize", "models.blocks",
     },
     {"utils.key_faults", "utils.raster", "utils.footprints", "utils.blending", "models.base"},
     {

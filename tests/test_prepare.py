@@ -61,7 +61,7 @@ class Project:
 
     @property
     def encode(self) -> Encode:
-        return encode_on(CPU, "fp32", self.backbone)
+        return encode_on(CPU, self.wanted(find_sources(self.config)), self.backbone)
 
     def changed(self, **keys) -> "Project":
         """The same project with other keys in its prepare section."""
@@ -123,6 +123,7 @@ def project(tmp_path, write_tiff, rng, backbone) -> Project:
     }
     config = Config.model_validate(
         {
+            "resources": {"precision": "fp32"},
             "model": {"num_classes": 3},
             "prepare": section,
             "verify": {"enable": False},

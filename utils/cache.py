@@ -1,8 +1,9 @@
 """The tile cache on disk: what it is (manifest.json) and one `.pt` file per tile.
 
 A tile's file holds `{image, features, label}`: image (bands, S, S) uint8 as read and scaled,
-features a list of (channels, S/16, S/16) half-precision maps, label (S, S) class ids. The manifest
-says how they were made; a cache made in another way is refused, not mixed.
+features a list of (channels, S/16, S/16) maps in channels-last memory, label (S, S) class ids; with
+int8 features also `scales`, for each map (2, channels) float32. The manifest says how they were
+made; a cache made in another way is refused, not mixed.
 """
 
 import errno
@@ -22,8 +23,8 @@ import torch
 from torch import Tensor
 
 MANIFEST = "manifest.json"
-FORMAT = 2
-FEATURE_DTYPE = torch.float16
+FORMAT = 3
+FEATURE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 # what torch and zipfile raise on bytes that are not what torch.save wrote
 DAMAGE = (
     pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, LookupError,
@@ -84,6 +85,11 @@ class Manifest:
     format: int = FORMAT
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """What a tile's file holds."""
+        return ("image", "features", "label", *["scales"] * (self.feature_dtype == "int8"))
+
+    @property
     def label_dtype(self) -> torch.dtype:
         """The smallest type that holds every class id and ignore_index."""
         return torch.uint8 if max(self.num_classes - 1, self.ignore_index) <= 255 else torch.int32
@@ -99,8 +105,9 @@ KEYS = {
     "layers": "model.layers",
     "image_mean": "model.image_mean",
     "image_std": "model.image_std",
-    "precision": "prepare.device",
+    "precision": "resources.precision",
     "tile_size": "prepare.tile_size",
+    "feature_dtype": "prepare.feature_dtype",
     "num_classes": "model.num_classes",
     "ignore_index": "dataset.ignore_index",
     "labels": "paths.label_path",
@@ -204,20 +211,37 @@ def tile_names(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def write_tile(
-    folder: Path, name: str, image: Tensor, features: Sequence[Tensor], label: Tensor
+    folder: Path,
+    name: str,
+    image: Tensor,
+    label: Tensor,
+    features: Sequence[Tensor] = (),
+    scales: Sequence[Tensor] = (),
 ) -> None:
     """Write one tile's file: copies of its tensors, under a temporary name, then renamed."""
     content = {
         "image": image.clone(),
-        "features": [level.to(FEATURE_DTYPE).cpu().clone() for level in features],
+        "features": [stored_map(level) for level in features],
         "label": label.clone(),
     }
+    if scales:
+        content["scales"] = [each.cpu().clone() for each in scales]
     temporary = folder / f".{name}.{os.getpid()}.tmp"
     try:
         torch.save(content, temporary)
         temporary.replace(tile_path(folder, name))
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def stored_map(level: Tensor) -> Tensor:
+    """A copy of a map as files hold it: on the CPU, with a cell's channels side by side.
+
+    >>> stored_map(torch.zeros(384, 32, 32)).stride()
+    (1, 12288, 384)
+    """
+    cells = level.detach().cpu().permute(1, 2, 0)
+    return cells.clone(memory_format=torch.contiguous_format).permute(2, 0, 1)
 
 
 def load_tile(path: Path, mmap: bool = False, content: bytes | None = None) -> dict[str, Any]:
@@ -251,9 +275,10 @@ def check_tile(path: Path, manifest: Manifest) -> None:
         raise TileError(f"{path.name}: checksum of {broken} is wrong")
     content = load_tile(path, content=stored)
     check_layout(path.name, content, manifest)
-    for number, level in enumerate(content["features"]):
-        if not torch.isfinite(level).all():
-            raise TileError(f"{path.name}: features[{number}] are not finite")
+    for part in ("features", "scales"):
+        for number, level in enumerate(content.get(part, ())):
+            if not torch.isfinite(level).all():
+                raise TileError(f"{path.name}: {part}[{number}] are not finite")
 
 
 def check_layout(name: str, content: Any, manifest: Manifest) -> None:
@@ -266,17 +291,24 @@ def check_layout(name: str, content: Any, manifest: Manifest) -> None:
 
 def check_shapes(name: str, content: Any, manifest: Manifest) -> None:
     """Raise TileError where keys, shapes or dtypes are not the manifest's; values are not read."""
-    if not isinstance(content, dict) or set(content) != {"image", "features", "label"}:
-        raise TileError(f"{name}: keys are not image, features, label")
+    if not isinstance(content, dict) or set(content) != set(manifest.parts):
+        raise TileError(f"{name}: keys are not {', '.join(manifest.parts)}")
     size, cells = manifest.tile_size, manifest.tile_size // manifest.patch_size
     _check_tensor(name, "image", content["image"], (len(manifest.bands), size, size), torch.uint8)
     _check_tensor(name, "label", content["label"], (size, size), manifest.label_dtype)
-    levels = content["features"]
-    if not isinstance(levels, list) or len(levels) != len(manifest.layers):
-        raise TileError(f"{name}: features are not a list of {len(manifest.layers)} levels")
-    for number, level in enumerate(levels):
-        wanted = (manifest.channels, cells, cells)
-        _check_tensor(name, f"features[{number}]", level, wanted, FEATURE_DTYPE)
+    maps = (manifest.channels, cells, cells), FEATURE_DTYPES[manifest.feature_dtype]
+    for part, kind in {"features": maps, "scales": ((2, manifest.channels), torch.float32)}.items():
+        if part in content:
+            _check_list(name, part, content[part], len(manifest.layers), kind)
+
+
+def _check_list(
+    name: str, part: str, found: Any, count: int, kind: tuple[tuple[int, ...], torch.dtype]
+) -> None:
+    if not isinstance(found, list) or len(found) != count:
+        raise TileError(f"{name}: {part} are not a list of {count} levels")
+    for number, level in enumerate(found):
+        _check_tensor(name, f"{part}[{number}]", level, *kind)
 
 
 def _check_tensor(

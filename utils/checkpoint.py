@@ -18,7 +18,7 @@ from utils.cache import DAMAGE, Manifest
 from utils.distributed import has_bf16
 from utils.logging import VerbosityLogger
 
-FORMAT = 2
+FORMAT = 3
 
 
 class CheckpointError(Exception):
@@ -32,9 +32,10 @@ class Checkpoint:
     """What weights are.
 
     head, num_classes, channels and levels rebuild the network; backbone, backbone_hash, layers,
-    norm, image_mean, image_std, patch_size, tile_size and precision say which features it was
-    trained on; bands, rgb, ranges, nodata and gsd how scenes are read; class_names and class_colors
-    what a map shows; config is the run's resolved YAML, metrics the validation scores of `epoch`.
+    norm, image_mean, image_std, patch_size, tile_size, precision and feature_dtype say which
+    features it was trained on; bands, rgb, ranges, nodata and gsd how scenes are read; class_names
+    and class_colors what a map shows; config is the run's resolved YAML, metrics the validation
+    scores of `epoch`.
     """
 
     head: str
@@ -50,6 +51,7 @@ class Checkpoint:
     patch_size: int
     tile_size: int
     precision: str
+    feature_dtype: str
     bands: list[int]
     rgb: list[int]
     ranges: list[list[float]]

@@ -48,13 +48,15 @@ class Sample(NamedTuple):
     """A batch of tiles.
 
     image (B, bands, S, S) uint8 as stored; features one (B, channels, S/16, S/16) map per level, in
-    channels-last memory; label (B, S, S) class ids.
+    channels-last memory; label (B, S, S) class ids; scales (B, 2, channels) per level, if features
+    are int8.
     """
 
     image: Tensor
     features: list[Tensor]
     label: Tensor
     name: list[str]
+    scales: Sequence[Tensor] = ()
 
 
 class Drawn(NamedTuple):
@@ -221,7 +223,9 @@ class Collate:
         for own, each in zip(label, drawn, strict=True):
             if not each.weighs:
                 own.fill_(self.ignore_index)
-        return Sample(image, features, label, [each.name for each in drawn])
+        scales = zip(*(each.content.get("scales", ()) for each in drawn), strict=True)
+        names = [each.name for each in drawn]
+        return Sample(image, features, label, names, [torch.stack(level) for level in scales])
 
     def batch(
         self, tensors: Sequence[Tensor], turns: Sequence[Turn], channels_last: bool = False

@@ -25,6 +25,7 @@ from utils.distributed import Runtime, autocast
 from utils.losses import SegmentationLoss, balanced_weights
 from utils.metrics import Score, SegmentationMetrics
 from utils.optim import EarlyStopping, build_optimizer, build_schedule
+from utils.quantize import restored
 from utils.tiling import batched
 
 Save = Callable[[nn.Module, int, Score], Path]
@@ -108,12 +109,19 @@ class Step:
         """Loss of a batch; `score` is given the logits and the label."""
         label = batch.label.to(self.device, non_blocking=True).long()
         image = self.normalize(batch.image.to(self.device, non_blocking=True))
-        features = [level.to(self.device, non_blocking=True) for level in batch.features]
         with autocast(self.device, self.precision):
-            output = model(image, features)
+            output = model(image, self.features(batch))
         if score is not None:
             score(output.logits, label)
         return self.loss(output, label)
+
+    def features(self, batch: Sample) -> list[Tensor]:
+        """The maps of a batch as a head gets them."""
+        levels, scales = (
+            [each.to(self.device, non_blocking=True) for each in part]
+            for part in (batch.features, batch.scales)
+        )
+        return restored(levels, scales)
 
     def update(self, window: list[Sample]) -> None:
         """Clip, step, average, and move the rates on."""
@@ -295,6 +303,7 @@ def keep_best(path: Path, head_name: str, manifest: Manifest, config_text: str) 
             patch_size=manifest.patch_size,
             tile_size=manifest.tile_size,
             precision=manifest.precision,
+            feature_dtype=manifest.feature_dtype,
             bands=manifest.bands,
             rgb=manifest.rgb,
             ranges=manifest.ranges,

@@ -3,7 +3,7 @@
 import contextlib
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from config import Config, ConfigError, Prepare
 from utils.cache import (
-    FEATURE_DTYPE,
     MANIFEST,
     CacheError,
     Manifest,
@@ -42,13 +41,14 @@ from utils.labels import (
 )
 from utils.logging import VerbosityLogger
 from utils.maps import legend_of
+from utils.quantize import as_cached
 from utils.raster import RasterError, Reading, Scene, ground_gsd, open_scene
 from utils.sampling import class_counts
 from utils.scenes import SceneFile, band_ranges, default_bands, find_scenes
 from utils.streaming import ahead, behind
 from utils.tiling import Tile, batched, repeated, tiles
 
-Encode = Callable[[np.ndarray], list[Tensor]]
+Encode = Callable[[np.ndarray], Mapping[str, Sequence[Tensor]]]
 WAITING = 1  # batches of features that wait for the thread that writes
 MADE, REUSED = "made", "reused"
 UNLABELLED, INVALID, SPARSE, BACKGROUND = (
@@ -165,7 +165,7 @@ def describe_cache(
         gsd=reading.gsd,
         precision=precision_of(config.resources.precision, device),
         tile_size=section.tile_size,
-        feature_dtype=str(FEATURE_DTYPE).removeprefix("torch."),
+        feature_dtype=section.feature_dtype,
         num_classes=config.model.num_classes,
         ignore_index=config.dataset.ignore_index,
         label_rules=asdict(sources.rules),
@@ -182,8 +182,8 @@ def prepare(
 ) -> None:  # fmt: skip
     """Cache image, features and label of every tile that has labelled pixels enough.
 
-    wanted: what the cache is to be; encode: (B, bands, S, S) uint8 pixels to feature maps. Ranks
-    share the tiles.
+    wanted: what the cache is to be; encode: (B, bands, S, S) uint8 pixels to what is written of
+    them beside image and label. Ranks share the tiles.
     """
     folder = section.processed_dir
     if run.is_main:
@@ -197,8 +197,8 @@ def prepare(
         found = stack.enter_context(ahead(readers, work, 2 * section.batch_size))
         steps = log.progress(found, "prepare", total=len(work), unit="tile", every=50)
         for batch in batched(_to_make(steps, tally), section.batch_size):
-            features = encode(np.stack([tile.image for tile in batch]))
-            hand(_write_tiles, folder, batch, features)
+            encoded = encode(np.stack([tile.image for tile in batch]))
+            hand(_write_tiles, folder, batch, encoded)
     tally.merge(run.gather(tally))
     if run.is_main:
         _close_cache(folder, tally, sources, log)
@@ -213,21 +213,24 @@ def _to_make(found: Iterable[ReadTile], tally: Tally) -> Iterator[ReadTile]:
             yield tile
 
 
-def _write_tiles(folder: Path, batch: Sequence[ReadTile], features: Sequence[Tensor]) -> None:
+def _write_tiles(
+    folder: Path, batch: Sequence[ReadTile], encoded: Mapping[str, Sequence[Tensor]]
+) -> None:
     for number, tile in enumerate(batch):
-        image = torch.from_numpy(tile.image)
-        write_tile(folder, tile.name, image, [level[number] for level in features], tile.label)
+        parts = {part: [level[number] for level in levels] for part, levels in encoded.items()}
+        write_tile(folder, tile.name, torch.from_numpy(tile.image), tile.label, **parts)
 
 
-def encode_on(device: torch.device, precision: str, backbone: torch.nn.Module) -> Encode:
+def encode_on(device: torch.device, wanted: Manifest, backbone: torch.nn.Module) -> Encode:
     """The backbone as a function of CPU pixels: upload raw pixels, compute on the device."""
     backbone = backbone.to(device)
 
-    def encode(images: np.ndarray) -> list[Tensor]:
+    def encode(images: np.ndarray) -> Mapping[str, Sequence[Tensor]]:
         groups = upload(images, device).split(most_at_once(device) or len(images))
-        with torch.inference_mode(), autocast(device, precision):
+        with torch.inference_mode(), autocast(device, wanted.precision):
             parts = [backbone(group) for group in groups]
-        return [torch.cat(levels) for levels in zip(*parts, strict=True)]
+        levels = [torch.cat(levels) for levels in zip(*parts, strict=True)]
+        return as_cached(levels, wanted.feature_dtype)
 
     return encode
 
