@@ -1,9 +1,9 @@
 """The tile cache on disk: what it is (manifest.json) and one `.pt` file per tile.
 
 A tile's file holds `{image, features, label}`: image (bands, S, S) uint8 as read and scaled,
-features a list of (channels, S/16, S/16) maps in channels-last memory, label (S, S) class ids; with
-int8 features also `scales`, for each map (2, channels) float32. The manifest says how they were
-made; a cache made in another way is refused, not mixed.
+features a list of (channels, S/16, S/16) maps in channels-last memory, level by level of one view
+after the other, label (S, S) class ids; with int8 features also `scales`, (2, channels) float32 for
+each map. The manifest says how they were made; a cache made in another way is refused, not mixed.
 """
 
 import errno
@@ -49,9 +49,10 @@ class Manifest:
     """What a cache is.
 
     ranges are the values that become 0 and 255 in each of the bands, auto_range whether `auto`
-    found them; rgb the places among the bands that the backbone sees; labels and scenes identify
-    the files read (bytes, modification time); tiles holds each tile's labelled pixels per class,
-    once prepare is done and `complete`.
+    found them; rgb the places among the bands that the backbone sees; views are the turns of a tile
+    whose features are cached, the first none; labels and scenes identify the files read (bytes,
+    modification time); tiles holds each tile's labelled pixels per class, once prepare is done and
+    `complete`.
     """
 
     backbone: str
@@ -77,6 +78,7 @@ class Manifest:
     labels: dict[str, dict[str, int]]
     class_names: list[str]
     class_colors: list[list[int]]
+    views: list[list[int]] = field(default_factory=lambda: [[False, False, 0]])
     auto_range: bool = False
     ground_gsd: float | None = None
     scenes: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -108,6 +110,7 @@ KEYS = {
     "precision": "resources.precision",
     "tile_size": "prepare.tile_size",
     "feature_dtype": "prepare.feature_dtype",
+    "views": "train.augment_views",
     "num_classes": "model.num_classes",
     "ignore_index": "dataset.ignore_index",
     "labels": "paths.label_path",
@@ -299,14 +302,16 @@ def check_shapes(name: str, content: Any, manifest: Manifest) -> None:
     maps = (manifest.channels, cells, cells), FEATURE_DTYPES[manifest.feature_dtype]
     for part, kind in {"features": maps, "scales": ((2, manifest.channels), torch.float32)}.items():
         if part in content:
-            _check_list(name, part, content[part], len(manifest.layers), kind)
+            _check_list(name, part, content[part], manifest, kind)
 
 
 def _check_list(
-    name: str, part: str, found: Any, count: int, kind: tuple[tuple[int, ...], torch.dtype]
+    name: str, part: str, found: Any, manifest: Manifest, kind: tuple[tuple[int, ...], torch.dtype]
 ) -> None:
-    if not isinstance(found, list) or len(found) != count:
-        raise TileError(f"{name}: {part} are not a list of {count} levels")
+    levels, views = len(manifest.layers), len(manifest.views)
+    if not isinstance(found, list) or len(found) != levels * views:
+        of_views = f" of {views} views" if views > 1 else ""
+        raise TileError(f"{name}: {part} are not a list of {levels} levels{of_views}")
     for number, level in enumerate(found):
         _check_tensor(name, f"{part}[{number}]", level, *kind)
 

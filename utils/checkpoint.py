@@ -17,6 +17,7 @@ from config import Config, Dataset
 from utils.cache import DAMAGE, Manifest
 from utils.distributed import has_bf16
 from utils.logging import VerbosityLogger
+from utils.turns import first_turns
 
 FORMAT = 3
 
@@ -185,9 +186,19 @@ def stated_ranges(section: Dataset, bands: int) -> list[list[float]] | None:
 
 def require_cache(config: Config, manifest: Manifest) -> None:
     """Refuse a cache made with other settings than the configuration has by now."""
-    model = config.model
+    folder, model, means = config.train.processed_dir, config.model, config.dataset.augmentations
+    views = first_turns(config.train.augment_views, means.hflip, means.vflip, means.rotate90)
+    if manifest.views != views:
+        raise CheckpointError(
+            f"{folder}: features of {len(manifest.views)} views of a tile are cached, "
+            f"train.augment_views asks for {len(views)} by dataset.augmentations; run prepare into "
+            "another folder, or set it back"
+        )
+    precision = config.resources.precision
     stated = {
         "num_classes": model.num_classes,
+        "feature_dtype": config.prepare.feature_dtype,
+        "precision": None if precision == "auto" else precision,
         "ignore_index": config.dataset.ignore_index,
         "layers": None if model.layers is None else list(model.layers),
         "channels": model.dino_channels,
@@ -198,7 +209,7 @@ def require_cache(config: Config, manifest: Manifest) -> None:
     }
     wanted = {key: value for key, value in stated.items() if value is not None}
     found = {key: getattr(manifest, key) for key in wanted}
-    require_equal(config.train.processed_dir, found, wanted)
+    require_equal(folder, found, wanted)
 
 
 def require_equal(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -60,14 +60,16 @@ class Sample(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """A tile that was drawn: what its file holds, and how that is to be laid.
+    """A tile that was drawn: of its file the drawn view, and how that is to be laid.
 
-    weighs: whether its label counts.
+    turn is for image and label, features_turn for the features, which may be of the turned tile as
+    they are; weighs: whether the label counts.
     """
 
     name: str
     content: dict[str, Any]
     turn: Turn
+    features_turn: Turn
     weighs: bool
 
 
@@ -153,6 +155,7 @@ class PrecomputedDataset(Dataset[Drawn]):
     ) -> None:
         self.folder = folder
         self.manifest = manifest
+        self.views = [Turn(*view) for view in manifest.views]
         self.names = list(names)
         self.augmentations = augmentations
         self.seed = seed
@@ -172,10 +175,21 @@ class PrecomputedDataset(Dataset[Drawn]):
             raise CacheError(
                 f"{path}: missing or damaged ({error}); run prepare and verify again"
             ) from error
-        turn = Turn()
-        if self.augmentations is not None:
-            turn = draw_turn(self.augmentations, self.seed, visit, position)
-        return Drawn(name, content, turn, weighs)
+        view, turn, features_turn = self.draw(visit, position)
+        levels = len(self.manifest.layers)
+        for part in {"features", "scales"} & set(content):
+            content[part] = content[part][view * levels : (view + 1) * levels]
+        return Drawn(name, content, turn, features_turn, weighs)
+
+    def draw(self, visit: int, position: int) -> tuple[int, Turn, Turn]:
+        """The number of a cached view, and what is left to turn of image and features."""
+        if self.augmentations is None:
+            return 0, Turn(), Turn()
+        if len(self.views) > 1:
+            view = random.Random(f"{self.seed} {visit} {position}").randrange(len(self.views))
+            return view, self.views[view], Turn()
+        turn = draw_turn(self.augmentations, self.seed, visit, position)
+        return 0, turn, turn
 
 
 class Memory:
@@ -216,9 +230,10 @@ class Collate:
 
     def __call__(self, drawn: Sequence[Drawn]) -> Sample:
         turns = [each.turn for each in drawn]
+        own_turns = [each.features_turn for each in drawn]
         images, labels = ([each.content[part] for each in drawn] for part in ("image", "label"))
         levels = zip(*(each.content["features"] for each in drawn), strict=True)
-        features = [self.batch(level, turns, channels_last=True) for level in levels]
+        features = [self.batch(level, own_turns, channels_last=True) for level in levels]
         image, label = self.batch(images, turns), self.batch(labels, turns)
         for own, each in zip(label, drawn, strict=True):
             if not each.weighs:

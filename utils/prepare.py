@@ -47,6 +47,7 @@ from utils.sampling import class_counts
 from utils.scenes import SceneFile, band_ranges, default_bands, find_scenes
 from utils.streaming import ahead, behind
 from utils.tiling import Tile, batched, repeated, tiles
+from utils.turns import Turn, first_turns
 
 Encode = Callable[[np.ndarray], Mapping[str, Sequence[Tensor]]]
 WAITING = 1  # batches of features that wait for the thread that writes
@@ -139,6 +140,7 @@ def describe_cache(
 ) -> Manifest:
     """What this run's cache is to be, from its settings and the backbone's spec and hash."""
     spec, section, reading = backbone.spec, config.prepare, sources.reading
+    means = config.dataset.augmentations
     if section.tile_size % spec.patch_size:
         raise ConfigError(
             [
@@ -166,6 +168,7 @@ def describe_cache(
         precision=precision_of(config.resources.precision, device),
         tile_size=section.tile_size,
         feature_dtype=section.feature_dtype,
+        views=first_turns(config.train.augment_views, means.hflip, means.vflip, means.rotate90),
         num_classes=config.model.num_classes,
         ignore_index=config.dataset.ignore_index,
         label_rules=asdict(sources.rules),
@@ -223,12 +226,15 @@ def _write_tiles(
 
 def encode_on(device: torch.device, wanted: Manifest, backbone: torch.nn.Module) -> Encode:
     """The backbone as a function of CPU pixels: upload raw pixels, compute on the device."""
-    backbone = backbone.to(device)
+    backbone, turns = backbone.to(device), [Turn(*view) for view in wanted.views]
 
     def encode(images: np.ndarray) -> Mapping[str, Sequence[Tensor]]:
         groups = upload(images, device).split(most_at_once(device) or len(images))
         with torch.inference_mode(), autocast(device, wanted.precision):
-            parts = [backbone(group) for group in groups]
+            parts = [
+                [level for turn in turns for level in backbone(turn.apply(group))]
+                for group in groups
+            ]
         levels = [torch.cat(levels) for levels in zip(*parts, strict=True)]
         return as_cached(levels, wanted.feature_dtype)
 

@@ -1,6 +1,6 @@
 """The eight ways to lay a square tile: mirrored or not, turned by quarters."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
@@ -70,3 +70,12 @@ def distinct_turns(hflip: bool, vflip: bool, rotate: bool) -> list[Turn]:
                 laid = turn.apply(torch.arange(4).view(2, 2))
                 found.setdefault(laid.numpy().tobytes(), turn)
     return list(found.values())
+
+
+def first_turns(count: int, hflip: bool, vflip: bool, rotate: bool) -> list[list[int]]:
+    """The first of the distinct turns, as a manifest has them.
+
+    >>> first_turns(3, hflip=True, vflip=True, rotate=True)
+    [[False, False, 0], [True, False, 0], [False, True, 0]]
+    """
+    return [list(astuple(turn)) for turn in distinct_turns(hflip, vflip, rotate)[:count]]
