@@ -20,7 +20,11 @@ from typing import TYPE_CHECKING
 from config import Config, ConfigError, find_config, load_config, to_yaml
 
 if TYPE_CHECKING:
+    import torch
+
+    from utils.cache import Manifest
     from utils.distributed import Runtime
+    from utils.engine import Encode
     from utils.logging import VerbosityLogger
 
 # Imports of torch and everything above it stand inside the functions that need them: `--help` and a
@@ -164,6 +168,9 @@ def train(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
     require_cache(config, manifest)
     device = run.device(section.device)
     log.info(f"train: {device_reason(section.device, device)}")
+    if section.compile and device.type == "cpu":
+        log.info("train: compiles as configured; on a CPU that was measured not to pay")
+    encode = live_features(config, manifest, device, log) if manifest.cache == "tiles" else None
     loaders = make_loaders(split, manifest, section, config.dataset.augmentations, seed, run)
     torch.manual_seed(seed)  # here, so that a head starts alike whether prepare ran before or not
     head = build_head(
@@ -172,8 +179,26 @@ def train(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
     log.info(f"train: {name}, {sum(p.numel() for p in head.parameters()) / 1e6:.2f} M parameters")
     normalize = Normalize(manifest.image_mean, manifest.image_std)
     save = keep_best(best_path(section.weights_dir, name), name, manifest, to_yaml(config))
-    best = fit(head, normalize, loaders, section, manifest, run, device, save, log)
+    best = fit(head, normalize, loaders, section, manifest, run, device, save, log, encode)
     log.info(f"best validation mIoU {best.score.miou:.4f} in epoch {best.epoch}: {best.path}")
+
+
+def live_features(
+    config: Config, manifest: "Manifest", device: "torch.device", log: "VerbosityLogger"
+) -> "Encode":
+    """The backbone that a cache of tiles was made for: normalised images to feature maps."""
+    from models.backbone import build_backbone, describe_backbone
+    from utils.checkpoint import require_backbone
+    from utils.quantize import HALF, rounding
+
+    spec = describe_backbone(
+        config.model, manifest.bands, config.dataset.rgb or manifest.rgb_bands
+    )
+    backbone = build_backbone(config.model, spec, HALF[manifest.feature_dtype]).to(device)
+    require_backbone(config.train.processed_dir, manifest, backbone)
+    log.info(f"train: tiles are cached without features; {spec.name} runs in every step")
+    rounded = rounding(manifest.feature_dtype)
+    return lambda image: rounded(backbone.encode(image))
 
 
 def inference(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:

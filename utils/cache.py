@@ -3,7 +3,8 @@
 A tile's file holds `{image, features, label}`: image (bands, S, S) uint8 as read and scaled,
 features a list of (channels, S/16, S/16) maps in channels-last memory, level by level of one view
 after the other, label (S, S) class ids; with int8 features also `scales`, (2, channels) float32 for
-each map. The manifest says how they were made; a cache made in another way is refused, not mixed.
+each map. A cache of tiles holds image and label only, and training computes the features. The
+manifest says how they were made; a cache made in another way is refused, not mixed.
 """
 
 import errno
@@ -48,6 +49,7 @@ class TileError(Exception):
 class Manifest:
     """What a cache is.
 
+    cache is features, or tiles where features are left to training; either way the backbone's.
     ranges are the values that become 0 and 255 in each of the bands, auto_range whether `auto`
     found them; rgb the places among the bands that the backbone sees; views are the turns of a tile
     whose features are cached, the first none; labels and scenes identify the files read (bytes,
@@ -78,6 +80,7 @@ class Manifest:
     labels: dict[str, dict[str, int]]
     class_names: list[str]
     class_colors: list[list[int]]
+    cache: str = "features"
     views: list[list[int]] = field(default_factory=lambda: [[False, False, 0]])
     auto_range: bool = False
     ground_gsd: float | None = None
@@ -89,12 +92,29 @@ class Manifest:
     @property
     def parts(self) -> tuple[str, ...]:
         """What a tile's file holds."""
+        if self.cache == "tiles":
+            return ("image", "label")
         return ("image", "features", "label", *["scales"] * (self.feature_dtype == "int8"))
+
+    @property
+    def rgb_bands(self) -> list[int]:
+        """The numbers of the bands that the backbone sees: three, or one."""
+        return seen_bands(self.bands, self.rgb)
 
     @property
     def label_dtype(self) -> torch.dtype:
         """The smallest type that holds every class id and ignore_index."""
         return torch.uint8 if max(self.num_classes - 1, self.ignore_index) <= 255 else torch.int32
+
+
+def seen_bands(bands: list[int], rgb: list[int]) -> list[int]:
+    """The numbers of the bands in these places, which are three, or thrice the same.
+
+    >>> seen_bands([4, 3, 2, 1], rgb=[1, 2, 3]), seen_bands([5, 7], rgb=[1, 1, 1])
+    ([3, 2, 1], [7])
+    """
+    chosen = [bands[place] for place in rgb]
+    return chosen[:1] if len(set(chosen)) == 1 else chosen
 
 
 # what may differ between a cache and the run that goes on with it
@@ -110,6 +130,7 @@ KEYS = {
     "precision": "resources.precision",
     "tile_size": "prepare.tile_size",
     "feature_dtype": "prepare.feature_dtype",
+    "cache": "dataset.cache",
     "views": "train.augment_views",
     "num_classes": "model.num_classes",
     "ignore_index": "dataset.ignore_index",
@@ -221,14 +242,14 @@ def write_tile(
     features: Sequence[Tensor] = (),
     scales: Sequence[Tensor] = (),
 ) -> None:
-    """Write one tile's file: copies of its tensors, under a temporary name, then renamed."""
+    """Write one tile's file: copies of what is given, under a temporary name, then renamed."""
     content = {
         "image": image.clone(),
         "features": [stored_map(level) for level in features],
         "label": label.clone(),
+        "scales": [each.cpu().clone() for each in scales],
     }
-    if scales:
-        content["scales"] = [each.cpu().clone() for each in scales]
+    content = {part: value for part, value in content.items() if len(value)}
     temporary = folder / f".{name}.{os.getpid()}.tmp"
     try:
         torch.save(content, temporary)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from config import Config, Dataset
-from utils.cache import DAMAGE, Manifest
+from utils.cache import DAMAGE, KEYS, CacheError, Manifest, seen_bands, short
 from utils.distributed import has_bf16
 from utils.logging import VerbosityLogger
 from utils.turns import first_turns
@@ -70,8 +70,7 @@ class Checkpoint:
     @property
     def rgb_bands(self) -> list[int]:
         """The numbers of the bands that the backbone sees: three, or one."""
-        chosen = [self.bands[place] for place in self.rgb]
-        return chosen[:1] if len(set(chosen)) == 1 else chosen
+        return seen_bands(self.bands, self.rgb)
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
@@ -194,8 +193,9 @@ def require_cache(config: Config, manifest: Manifest) -> None:
             f"train.augment_views asks for {len(views)} by dataset.augmentations; run prepare into "
             "another folder, or set it back"
         )
-    precision = config.resources.precision
+    precision, kind = config.resources.precision, config.dataset.cache
     stated = {
+        "cache": None if kind == "auto" else kind,
         "num_classes": model.num_classes,
         "feature_dtype": config.prepare.feature_dtype,
         "precision": None if precision == "auto" else precision,
@@ -210,6 +210,27 @@ def require_cache(config: Config, manifest: Manifest) -> None:
     wanted = {key: value for key, value in stated.items() if value is not None}
     found = {key: getattr(manifest, key) for key in wanted}
     require_equal(folder, found, wanted)
+
+
+def require_backbone(folder: Path, manifest: Manifest, backbone: Any) -> None:
+    """Refuse a backbone that is not the one a cache of tiles was made for, to the last weight."""
+    spec = backbone.spec
+    ours = {
+        "backbone_hash": backbone.weights_hash,
+        "layers": list(spec.layers),
+        "image_mean": list(spec.image_mean),
+        "image_std": list(spec.image_std),
+        "rgb": list(spec.rgb),
+        "norm": spec.norm,
+    }
+    for name, value in ours.items():
+        found = getattr(manifest, name)
+        if found != value:
+            raise CacheError(
+                f"{folder}: its tiles are for a backbone with {name} {short(found)}, this run has "
+                f"{short(value)} ({KEYS.get(name, name)}); set it back, or run prepare into "
+                "another folder"
+            )
 
 
 def require_equal(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

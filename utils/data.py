@@ -48,8 +48,8 @@ class Sample(NamedTuple):
     """A batch of tiles.
 
     image (B, bands, S, S) uint8 as stored; features one (B, channels, S/16, S/16) map per level, in
-    channels-last memory; label (B, S, S) class ids; scales (B, 2, channels) per level, if features
-    are int8.
+    channels-last memory, none from a cache of tiles; label (B, S, S) class ids; scales (B, 2,
+    channels) per level, if features are int8.
     """
 
     image: Tensor
@@ -232,7 +232,7 @@ class Collate:
         turns = [each.turn for each in drawn]
         own_turns = [each.features_turn for each in drawn]
         images, labels = ([each.content[part] for each in drawn] for part in ("image", "label"))
-        levels = zip(*(each.content["features"] for each in drawn), strict=True)
+        levels = zip(*(each.content.get("features", ()) for each in drawn), strict=True)
         features = [self.batch(level, own_turns, channels_last=True) for level in levels]
         image, label = self.batch(images, turns), self.batch(labels, turns)
         for own, each in zip(label, drawn, strict=True):

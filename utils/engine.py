@@ -28,6 +28,7 @@ from utils.optim import EarlyStopping, build_optimizer, build_schedule
 from utils.quantize import restored
 from utils.tiling import batched
 
+Encode = Callable[[Tensor], list[Tensor]]
 Save = Callable[[nn.Module, int, Score], Path]
 
 
@@ -58,12 +59,18 @@ class TrainLosses:
 
 
 class Step:
-    """What turns batches into an optimizer step: network, loss, optimizer, schedule, averaging."""
+    """What turns batches into an optimizer step: network, loss, optimizer, schedule, averaging.
+
+    encode: a frozen backbone, from normalised images to feature maps, for a cache of tiles; no part
+    of the network that learns.
+    """
 
     def __init__(
         self, head: nn.Module, normalize: nn.Module, section: Train, manifest: Manifest, steps: int,
         run: Runtime, device: torch.device, class_weights: Sequence[float] | None = None,
+        encode: Encode | None = None,
     ) -> None:  # fmt: skip
+        self.encode = encode
         self.run, self.device, self.section = run, device, section
         self.precision = manifest.precision
         self.head = head.to(device)
@@ -110,13 +117,15 @@ class Step:
         label = batch.label.to(self.device, non_blocking=True).long()
         image = self.normalize(batch.image.to(self.device, non_blocking=True))
         with autocast(self.device, self.precision):
-            output = model(image, self.features(batch))
+            output = model(image, self.features(batch, image))
         if score is not None:
             score(output.logits, label)
         return self.loss(output, label)
 
-    def features(self, batch: Sample) -> list[Tensor]:
-        """The maps of a batch as a head gets them."""
+    def features(self, batch: Sample, image: Tensor) -> list[Tensor]:
+        """The maps of a batch as a head gets them, computed where the cache has none."""
+        if self.encode is not None:
+            return self.encode(image)
         levels, scales = (
             [each.to(self.device, non_blocking=True) for each in part]
             for part in (batch.features, batch.scales)
@@ -196,12 +205,13 @@ def evaluate(step: Step, batches: DataLoader, num_classes: int, ignore_index: in
 
 def fit(
     head: nn.Module, normalize: nn.Module, loaders: Loaders, section: Train, manifest: Manifest,
-    run: Runtime, device: torch.device, save: Save, log,
+    run: Runtime, device: torch.device, save: Save, log, encode: Encode | None = None,
 ) -> Best:  # fmt: skip
     """Train until the epochs are over or `patience` of them brought no better validation mIoU."""
     windows = math.ceil(len(loaders.train) / section.grad_accum_steps)
     weights = class_weights_of(section, manifest, loaders)
-    step = Step(head, normalize, section, manifest, section.epochs * windows, run, device, weights)
+    steps = section.epochs * windows
+    step = Step(head, normalize, section, manifest, steps, run, device, weights, encode)
     stopping = EarlyStopping(section.patience)
     history: list[dict[str, float]] = []
     best = None

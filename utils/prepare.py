@@ -116,31 +116,42 @@ def find_sources(config: Config) -> Sources:
         raise RasterError(f"{named}: holds no raster (paths.raw_images_dir)")
     paths = [scene.path for scene in scenes]
     bands = dataset.bands or default_bands(paths[0])
-    ranges = cached_ranges(section.processed_dir, bands) if dataset.input_range == "auto" else None
+    begun = begun_in(section.processed_dir)
+    ranges = cached_ranges(begun, bands) if dataset.input_range == "auto" else None
     if ranges is None:
         ranges = band_ranges(paths, bands, dataset.input_range, dataset.nodata)
     reading = Reading(bands, ranges, dataset.nodata, dataset.gsd)
     return Sources(scenes, skipped, labels, reading, label_rules(dataset, config.model.num_classes))
 
 
+def begun_in(folder: Path) -> Manifest | None:
+    """What the cache is that was begun in a folder, which `auto` goes on with; None if none was."""
+    return read_manifest(folder) if (folder / MANIFEST).exists() else None
+
+
 def cached_ranges(
-    folder: Path, bands: tuple[int, ...]
+    begun: Manifest | None, bands: tuple[int, ...]
 ) -> tuple[tuple[float, float], ...] | None:
     """The ranges that `auto` found when a cache was begun: scenes added later do not move them."""
-    if not (folder / MANIFEST).exists():
+    if begun is None or not begun.auto_range or begun.bands != list(bands):
         return None
-    cached = read_manifest(folder)
-    if not cached.auto_range or cached.bands != list(bands):
-        return None
-    return tuple((low, high) for low, high in cached.ranges)
+    return tuple((low, high) for low, high in begun.ranges)
 
 
 def describe_cache(
     config: Config, sources: Sources, backbone: Any, device: torch.device
 ) -> Manifest:
-    """What this run's cache is to be, from its settings and the backbone's spec and hash."""
+    """What this run's cache is to be, from its settings and the backbone's spec and hash.
+
+    Where the configuration says `auto`, a cache that was begun in the folder decides.
+    """
     spec, section, reading = backbone.spec, config.prepare, sources.reading
-    means = config.dataset.augmentations
+    means, begun = config.dataset.augmentations, begun_in(section.processed_dir)
+    kind, precision = config.dataset.cache, precision_of(config.resources.precision, device)
+    if begun and kind == "auto":
+        kind = begun.cache
+    if begun and config.resources.precision == "auto":
+        precision = begun.precision
     if section.tile_size % spec.patch_size:
         raise ConfigError(
             [
@@ -165,9 +176,10 @@ def describe_cache(
         auto_range=config.dataset.input_range == "auto",
         nodata=reading.nodata,
         gsd=reading.gsd,
-        precision=precision_of(config.resources.precision, device),
+        precision=precision,
         tile_size=section.tile_size,
         feature_dtype=section.feature_dtype,
+        cache=kind,
         views=first_turns(config.train.augment_views, means.hflip, means.vflip, means.rotate90),
         num_classes=config.model.num_classes,
         ignore_index=config.dataset.ignore_index,
@@ -225,7 +237,12 @@ def _write_tiles(
 
 
 def encode_on(device: torch.device, wanted: Manifest, backbone: torch.nn.Module) -> Encode:
-    """The backbone as a function of CPU pixels: upload raw pixels, compute on the device."""
+    """The backbone as a function of CPU pixels: upload raw pixels, compute on the device.
+
+    For a cache of tiles nothing is computed.
+    """
+    if wanted.cache == "tiles":
+        return lambda images: {}
     backbone, turns = backbone.to(device), [Turn(*view) for view in wanted.views]
 
     def encode(images: np.ndarray) -> Mapping[str, Sequence[Tensor]]:
