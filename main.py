@@ -128,7 +128,8 @@ def prepare(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
     """Cache the frozen features of every labelled tile."""
     from models.backbone import build_backbone, describe_backbone
     from utils.distributed import device_reason
-    from utils.prepare import describe_cache, encode_on, find_sources, prepare
+    from utils.pace import settle_cache
+    from utils.prepare import count_tiles, describe_cache, encode_on, find_sources, prepare
     from utils.quantize import HALF
 
     device = run.device(config.prepare.device)
@@ -140,9 +141,14 @@ def prepare(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
     backbone = build_backbone(config.model, spec, HALF[config.prepare.feature_dtype])
     log.info(f"prepare: {spec.name}, blocks {list(spec.layers)}, mean {list(spec.image_mean)}")
     log.info(f"prepare: {sources.reading.line()}")
-    manifest = describe_cache(config, sources, backbone, device)
-    encode, seed = encode_on(device, manifest, backbone), config.resources.seed
-    prepare(config.prepare, sources, manifest, encode, seed, run, log)
+    manifest, section = describe_cache(config, sources, backbone, device), config.prepare
+    if config.dataset.cache == "auto":
+        manifest = settle_cache(
+            manifest, section.processed_dir, backbone, device, section.batch_size,
+            count_tiles(sources, section.tile_size), config.train.epochs, run, log,
+        )  # fmt: skip
+    encode = encode_on(device, manifest, backbone)
+    prepare(section, sources, manifest, encode, config.resources.seed, run, log)
 
 
 def verify(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:

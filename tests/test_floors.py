@@ -24,7 +24,7 @@ FLOORS = [
     },
     {
         "utils.labels", "utils.data", "utils.checkpoint", "utils.polygons", "utils.products",
-        "models.segmenter",
+        "utils.pace", "models.segmenter",
     },
     {"utils.prepare", "utils.engine", "utils.inference"},
     {"main", "utils.demo"},

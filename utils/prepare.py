@@ -267,6 +267,11 @@ def _work(sources: Sources, size: int) -> Iterator[tuple[SceneFile, Tile]]:
             yield file, tile
 
 
+def count_tiles(sources: Sources, size: int) -> int:
+    """How many tiles all scenes have, labelled or not."""
+    return sum(1 for _ in _work(sources, size))
+
+
 def _open_cache(folder: Path, sources: Sources, wanted: Manifest, log: VerbosityLogger) -> None:
     """Look at every scene and the labels before any feature is computed, then claim the folder."""
     for path in sources.labels:
