@@ -117,7 +117,8 @@ class Step:
         label = batch.label.to(self.device, non_blocking=True).long()
         image = self.normalize(batch.image.to(self.device, non_blocking=True))
         with autocast(self.device, self.precision):
-            output = model(image, self.features(batch, image))
+            features = self.features(batch, image)
+            output = model(image.contiguous(memory_format=torch.channels_last), features)
         if score is not None:
             score(output.logits, label)
         return self.loss(output, label)
