@@ -20,7 +20,11 @@ from typing import TYPE_CHECKING
 from config import Config, ConfigError, find_config, load_config, to_yaml
 
 if TYPE_CHECKING:
+    import torch
+
+    from utils.cache import Manifest
     from utils.distributed import Runtime
+    from utils.engine import Encode
     from utils.logging import VerbosityLogger
 
 # Imports of torch and everything above it stand inside the functions that need them: `--help` and a
@@ -126,7 +130,9 @@ def prepare(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
     """Cache the frozen features of every labelled tile."""
     from models.backbone import build_backbone, describe_backbone
     from utils.distributed import device_reason
-    from utils.prepare import describe_cache, encode_on, find_sources, prepare
+    from utils.pace import settle_cache
+    from utils.prepare import count_tiles, describe_cache, encode_on, find_sources, prepare
+    from utils.quantize import HALF
 
     device = run.device(config.prepare.device)
     log.info(f"prepare: {device_reason(config.prepare.device, device)}")
@@ -134,12 +140,17 @@ def prepare(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
     spec = describe_backbone(config.model, sources.reading.bands, config.dataset.rgb)
     for remark in spec.remarks:
         log.warning(remark)
-    backbone = build_backbone(config.model, spec)
+    backbone = build_backbone(config.model, spec, HALF[config.prepare.feature_dtype])
     log.info(f"prepare: {spec.name}, blocks {list(spec.layers)}, mean {list(spec.image_mean)}")
     log.info(f"prepare: {sources.reading.line()}")
-    manifest = describe_cache(config, sources, backbone, device)
-    encode, seed = encode_on(device, manifest.precision, backbone), config.resources.seed
-    prepare(config.prepare, sources, manifest, encode, seed, run, log)
+    manifest, section = describe_cache(config, sources, backbone, device), config.prepare
+    if config.dataset.cache == "auto":
+        manifest = settle_cache(
+            manifest, section.processed_dir, backbone, device, section.batch_size,
+            count_tiles(sources, section.tile_size), config.train.epochs, run, log,
+        )  # fmt: skip
+    encode = encode_on(device, manifest, backbone)
+    prepare(section, sources, manifest, encode, config.resources.seed, run, log)
 
 
 def verify(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
@@ -165,6 +176,9 @@ def train(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
     require_cache(config, manifest)
     device = run.device(section.device)
     log.info(f"train: {device_reason(section.device, device)}")
+    if section.compile and device.type == "cpu":
+        log.info("train: compiles as configured; on a CPU that was measured not to pay")
+    encode = live_features(config, manifest, device, log) if manifest.cache == "tiles" else None
     loaders = make_loaders(split, manifest, section, config.dataset.augmentations, seed, run)
     torch.manual_seed(seed)  # here, so that a head starts alike whether prepare ran before or not
     head = build_head(
@@ -173,8 +187,26 @@ def train(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
     log.info(f"train: {name}, {sum(p.numel() for p in head.parameters()) / 1e6:.2f} M parameters")
     normalize = Normalize(manifest.image_mean, manifest.image_std)
     save = keep_best(best_path(section.weights_dir, name), name, manifest, to_yaml(config))
-    best = fit(head, normalize, loaders, section, manifest, run, device, save, log)
+    best = fit(head, normalize, loaders, section, manifest, run, device, save, log, encode)
     log.info(f"best validation mIoU {best.score.miou:.4f} in epoch {best.epoch}: {best.path}")
+
+
+def live_features(
+    config: Config, manifest: "Manifest", device: "torch.device", log: "VerbosityLogger"
+) -> "Encode":
+    """The backbone that a cache of tiles was made for: normalised images to feature maps."""
+    from models.backbone import build_backbone, describe_backbone
+    from utils.checkpoint import require_backbone
+    from utils.quantize import HALF, rounding
+
+    spec = describe_backbone(
+        config.model, manifest.bands, config.dataset.rgb or manifest.rgb_bands
+    )
+    backbone = build_backbone(config.model, spec, HALF[manifest.feature_dtype]).to(device)
+    require_backbone(config.train.processed_dir, manifest, backbone)
+    log.info(f"train: tiles are cached without features; {spec.name} runs in every step")
+    rounded = rounding(manifest.feature_dtype)
+    return lambda image: rounded(backbone.encode(image))
 
 
 def inference(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
@@ -186,6 +218,7 @@ def inference(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
     from utils.distributed import device_reason
     from utils.engine import best_path
     from utils.inference import predict_scenes, trained_as, written
+    from utils.quantize import HALF, rounding
     from utils.scenes import find_scenes
 
     section = config.inference
@@ -195,14 +228,15 @@ def inference(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
     path = section.checkpoint or best_path(config.train.weights_dir, config.model.head)
     checkpoint = load_checkpoint(path)
     bands, rgb = checkpoint.bands, config.dataset.rgb or checkpoint.rgb_bands
-    backbone = build_backbone(config.model, describe_backbone(config.model, bands, rgb))
+    spec = describe_backbone(config.model, bands, rgb)
+    backbone = build_backbone(config.model, spec, HALF[checkpoint.feature_dtype])
     require_fit(path, checkpoint, config, backbone)
     precision = precision_as_trained(path, checkpoint, config.resources.precision, device, log)
     head = build_head(
         checkpoint.head, checkpoint.channels, checkpoint.levels, checkpoint.num_classes, len(bands)
     )
     load_weights(head, checkpoint, path)
-    segmenter = Segmenter(backbone, head).eval().to(device)
+    segmenter = Segmenter(backbone, head, rounding(checkpoint.feature_dtype)).eval().to(device)
     trained = trained_as(checkpoint, path, section, precision)
     predict_scenes(section, scenes, segmenter, trained, device, log)
 

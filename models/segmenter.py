@@ -1,5 +1,7 @@
 """Backbone and head as one network, for inference: pixels in, class probabilities out."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from models.backbone import DinoBackbone
@@ -10,24 +12,32 @@ class Segmenter(nn.Module):
     """A frozen backbone with a trained head.
 
     (B, bands, H, W) pixels in 0..255 to (B, num_classes, H, W) probabilities in float32, which sum
-    to 1. The head gets the features in the precision in which prepare caches them.
+    to 1. The head gets the features in the precision in which prepare caches them: as the backbone
+    gives them and `rounding`, if any, leaves them.
 
     >>> import torch
     >>> from types import SimpleNamespace                       # stands in for a backbone
     >>> grey = SimpleNamespace(normalize=lambda p: p / 255, encode=lambda i: [i[:, :1, ::16, ::16]])
     >>> head = lambda image, features: SimpleNamespace(logits=image[:, :2])
     >>> pixels = torch.zeros(1, 3, 64, 64)
-    >>> Segmenter.forward(SimpleNamespace(backbone=grey, head=head), pixels).unique()
+    >>> parts = SimpleNamespace(backbone=grey, head=head, rounding=list)
+    >>> Segmenter.forward(parts, pixels).unique()
     tensor([0.5000])
     """
 
-    def __init__(self, backbone: DinoBackbone, head: SegmentationHead) -> None:
+    def __init__(
+        self,
+        backbone: DinoBackbone,
+        head: SegmentationHead,
+        rounding: Callable[[list[Tensor]], list[Tensor]] = list,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.rounding = rounding
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Probabilities of a batch of tiles."""
         image = self.backbone.normalize(pixels)
-        output = self.head(image, self.backbone.encode(image))
+        output = self.head(image, self.rounding(self.backbone.encode(image)))
         return output.logits.float().softmax(dim=1)

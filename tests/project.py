@@ -157,7 +157,7 @@ def manifest_of(channels: int = 32, levels: int = 2, **changes: Any) -> Manifest
         "gsd": None,
         "precision": "fp32",
         "tile_size": TILE,
-        "feature_dtype": "float16",
+        "feature_dtype": "fp16",
         "num_classes": CLASSES,
         "ignore_index": IGNORE,
         "label_rules": {},

@@ -11,7 +11,6 @@ import pytest
 import torch
 from project import manifest_of
 
-from utils import cache
 from utils.cache import (
     MANIFEST,
     CacheError,
@@ -27,6 +26,7 @@ from utils.cache import (
     write_manifest,
     write_tile,
 )
+from utils.quantize import as_cached
 
 SIZE = 32
 NAME = "north__r000000_c000000"
@@ -50,7 +50,7 @@ def content(seed: int = 0) -> dict:
     generator = torch.Generator().manual_seed(seed)
     return {
         "image": torch.randint(0, 256, (3, SIZE, SIZE), generator=generator, dtype=torch.uint8),
-        "features": [torch.randn(4, 2, 2, generator=generator) for _ in range(2)],
+        "features": [torch.randn(4, 2, 2, generator=generator).half() for _ in range(2)],
         "label": torch.randint(0, 3, (SIZE, SIZE), generator=generator, dtype=torch.uint8),
     }
 
@@ -68,7 +68,7 @@ def test_a_tile_comes_back_as_it_was_written(tile):
     assert torch.equal(found["image"], written["image"])
     assert torch.equal(found["label"], written["label"])
     for level, original in zip(found["features"], written["features"], strict=True):
-        assert torch.equal(level, original.half())
+        assert torch.equal(level, original)
 
 
 @pytest.mark.parametrize("bands", [[1], [4, 3], [1, 2, 3, 4], list(range(1, 14))])
@@ -83,11 +83,11 @@ def test_a_tile_has_as_many_bands_as_the_manifest_says(tmp_path, bands):
 
 
 def test_views_of_large_tensors_are_stored_as_small_copies(tmp_path):
-    scene, batch = torch.zeros(3, 512, 512, dtype=torch.uint8), torch.zeros(64, 8, 6, 6)
+    scene, batch = torch.zeros(3, 512, 512, dtype=torch.uint8), torch.zeros(64, 8, 6, 6).half()
     labels = torch.zeros(512, 512, dtype=torch.uint8)
-    halves = batch[:, :4, :2, :2].contiguous().half()
+    halves = batch[:, :4, :2, :2].contiguous()
     levels = [halves[5], batch[7, ::2, 1:3, 2:4]]
-    write_tile(tmp_path, NAME, scene[:, 64:96, 32:64], levels, labels[:SIZE, 5 : SIZE + 5])
+    write_tile(tmp_path, NAME, scene[:, 64:96, 32:64], labels[:SIZE, 5 : SIZE + 5], levels)
     path = tile_path(tmp_path, NAME)
     check_tile(path, MADE)
     for part in (load_tile(path)["image"], load_tile(path)["label"], *load_tile(path)["features"]):
@@ -97,7 +97,7 @@ def test_views_of_large_tensors_are_stored_as_small_copies(tmp_path):
 
 def test_a_file_is_hardly_larger_than_its_tensors(tmp_path):
     image = torch.zeros(3, 256, 256, dtype=torch.uint8)
-    write_tile(tmp_path, NAME, image, [torch.zeros(1, 64, 16, 16)[0]] * 2, image[0])
+    write_tile(tmp_path, NAME, image, image[0], [torch.zeros(1, 64, 16, 16).half()[0]] * 2)
     held = 4 * 256 * 256 + 2 * 64 * 256 * 2
     assert held <= tile_path(tmp_path, NAME).stat().st_size <= 1.05 * held
 
@@ -161,6 +161,21 @@ def test_wherever_a_tile_is_cut_it_is_condemned(tile):
             check_tile(tile, MADE)
 
 
+def test_a_mapped_tile_that_lacks_a_part_is_condemned_or_can_be_read(tile):
+    """No page is touched that is not there."""
+    whole, condemned = tile.read_bytes(), 0
+    for start in range(0, len(whole), 131):
+        tile.write_bytes(whole[:start] + whole[start + 700 :])
+        try:
+            stored = load_tile(tile, mmap=True)
+            check_layout(tile.name, stored, MADE)
+        except TileError:
+            condemned += 1
+        else:
+            assert all(level.float().sum() is not None for level in stored["features"])
+    assert condemned > len(whole) / 131 / 2
+
+
 def test_loading_a_tile_with_a_damaged_directory_of_objects_is_a_tile_error(tile):
     """Its checksums are right: the file is crafted, or of foreign origin."""
     with zipfile.ZipFile(tile) as archive:
@@ -202,6 +217,66 @@ def test_a_tile_that_is_not_what_the_manifest_promises_is_condemned(tile, said):
     with pytest.raises(TileError) as caught:
         check_tile(tile, MADE)
     assert said.removeprefix("more ") in str(caught.value)
+
+
+IN_BYTES = replace(MADE, feature_dtype="int8")
+
+
+@pytest.fixture
+def tile_of_bytes(tmp_path) -> Path:
+    """The file of a good tile whose features are int8."""
+    made = content()
+    write_tile(tmp_path, NAME, **made | as_cached(made["features"], "int8"))
+    return tile_path(tmp_path, NAME)
+
+
+CHANGES_OF_BYTES = {
+    "keys are not image, features, label, scales": lambda c: c.pop("scales"),
+    "scales are not a list of 2 levels": lambda c: c["scales"].pop(),
+    "features are not a list of 2 levels": lambda c: c["features"].append(c["features"][0]),
+    "scales[1] is (2, 3)": lambda c: c["scales"].__setitem__(1, c["scales"][1][:, :3].clone()),
+    "scales[0] is (2, 4) torch.float16": lambda c: c["scales"].__setitem__(
+        0, c["scales"][0].half()
+    ),
+    "scales[0] is <class 'int'>": lambda c: c["scales"].__setitem__(0, 1),
+    "features[0] is (4, 2, 2) torch.float16": lambda c: c["features"].__setitem__(
+        0, c["features"][0].half()
+    ),
+    "scales[1] are not finite": lambda c: c["scales"][1][0, 3].fill_(torch.inf),
+    "scales[0] are not finite": lambda c: c["scales"][0][1, 0].fill_(torch.nan),
+}
+
+
+@pytest.mark.parametrize("said", CHANGES_OF_BYTES)
+def test_a_tile_of_bytes_that_is_not_what_the_manifest_promises_is_condemned(tile_of_bytes, said):
+    check_tile(tile_of_bytes, IN_BYTES)
+    stored = load_tile(tile_of_bytes)
+    CHANGES_OF_BYTES[said](stored)
+    torch.save(stored, tile_of_bytes)
+    with pytest.raises(TileError) as caught:
+        check_tile(tile_of_bytes, IN_BYTES)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("odd", [torch.inf, torch.nan])
+def test_a_tile_made_of_what_is_no_number_is_condemned_as_bytes_too(tmp_path, odd):
+    made = content()
+    made["features"][1][2, 0, 1] = odd
+    write_tile(tmp_path, NAME, **made | as_cached(made["features"], "int8"))
+    with pytest.raises(TileError, match=r"scales\[1\] are not finite"):
+        check_tile(tile_path(tmp_path, NAME), IN_BYTES)
+
+
+def test_a_tile_of_another_feature_dtype_is_condemned(tile, tile_of_bytes, tmp_path):
+    for made in (MADE, replace(MADE, feature_dtype="bf16")):
+        with pytest.raises(TileError, match="keys are not image, features, label$"):
+            check_tile(tile_of_bytes, made)
+    write_tile(tmp_path, NAME, **content())
+    check_tile(tile, MADE)
+    with pytest.raises(TileError, match=r"features\[0\] is .* torch.float16, expected .*bfloat16"):
+        check_tile(tile, replace(MADE, feature_dtype="bf16"))
+    with pytest.raises(TileError, match="keys are not image, features, label, scales"):
+        check_tile(tile, IN_BYTES)
 
 
 def test_ignored_pixels_are_no_label_values(tile):
@@ -267,7 +342,7 @@ def test_a_manifest_comes_back_as_it_was_written(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [("{", "not a manifest"), ("[]", "not a manifest"), ("null", "not a manifest"),
-     ('{"format": 1}', "not a manifest"), ('{"format": 99}', "format 99, expected 2")],
+     ('{"format": 1}', "not a manifest"), ('{"format": 99}', "format 99, expected 3")],
 )  # fmt: skip
 def test_a_manifest_that_cannot_be_read_is_refused(tmp_path, text, said):
     (tmp_path / MANIFEST).write_text(text)
@@ -284,7 +359,8 @@ DIFFERENCES = {
     "backbone_hash": ("f" * 64, "model.backbone"),
     "layers": ([1, 2], "model.layers"),
     "image_mean": ([0.1, 0.2, 0.3], "model.image_mean"),
-    "precision": ("bf16", "prepare.device"),
+    "precision": ("bf16", "resources.precision"),
+    "feature_dtype": ("int8", "prepare.feature_dtype"),
     "tile_size": (64, "prepare.tile_size"),
     "num_classes": (4, "model.num_classes"),
     "ignore_index": (254, "dataset.ignore_index"),
@@ -338,8 +414,8 @@ def test_classes_that_are_renamed_or_coloured_anew_go_on_with_the_cache(tmp_path
 
 
 def test_a_cache_of_the_older_format_says_to_delete_it(tmp_path):
-    (tmp_path / MANIFEST).write_text(json.dumps(asdict(MADE) | {"format": 1}))
-    with pytest.raises(CacheError, match=f"format 1, expected 2.*; delete {tmp_path}"):
+    (tmp_path / MANIFEST).write_text(json.dumps(asdict(MADE) | {"format": 2}))
+    with pytest.raises(CacheError, match=f"format 2, expected 3.*; delete {tmp_path}"):
         read_manifest(tmp_path)
 
 
@@ -412,4 +488,3 @@ def test_labels_have_the_smallest_type_that_holds_them():
     assert MADE.label_dtype == torch.uint8
     assert replace(MADE, ignore_index=256).label_dtype == torch.int32
     assert replace(MADE, num_classes=300, ignore_index=65535).label_dtype == torch.int32
-    assert torch.float16 == cache.FEATURE_DTYPE

@@ -53,6 +53,7 @@ def made() -> Checkpoint:
         patch_size=16,
         tile_size=64,
         precision="fp32",
+        feature_dtype="fp16",
         bands=[1, 2, 3, 4],
         rgb=[2, 1, 0],
         ranges=[[0.0, 3000.0]] * 4,
@@ -133,7 +134,7 @@ class Evil:
 
 @pytest.mark.parametrize("save", [torch.save, lambda o, p: p.write_bytes(pickle.dumps(o))])
 def test_code_in_a_checkpoint_is_refused_and_never_run(path, tmp_path, save):
-    save({"format": 2, "head": Evil(tmp_path / "ran")}, path)
+    save({"format": 3, "head": Evil(tmp_path / "ran")}, path)
     with pytest.raises(CheckpointError, match="damaged, or not a checkpoint") as caught:
         load_checkpoint(path)
     assert "\n" not in str(caught.value)
@@ -164,9 +165,9 @@ def test_whatever_byte_is_damaged_no_other_error_escapes(path):
     [
         ([1, 2], "not a DINOv3Seg checkpoint"),
         ({"state_dict": {}}, "not a DINOv3Seg checkpoint"),
-        ({"format": 99}, "not a DINOv3Seg checkpoint of format 2"),
-        ({"format": 1, "head": "linear"}, "not a DINOv3Seg checkpoint of format 2"),
-        ({"format": 2, "head": "linear", "odd": 1}, "missing or unknown entries:.*odd"),
+        ({"format": 99}, "not a DINOv3Seg checkpoint of format 3"),
+        ({"format": 2, "head": "linear"}, "not a DINOv3Seg checkpoint of format 3"),
+        ({"format": 3, "head": "linear", "odd": 1}, "missing or unknown entries:.*odd"),
     ],
 )
 def test_a_file_of_another_kind_is_refused(path, content, said):

@@ -29,9 +29,13 @@ from utils.cache import (
     write_tile,
 )
 from utils.data import (
+    KEPT,
+    Collate,
     EpochSampler,
+    Memory,
     PrecomputedDataset,
-    Turn,
+    Sample,
+    array_of,
     draw_turn,
     load_split,
     make_loaders,
@@ -41,8 +45,10 @@ from utils.data import (
 from utils.distributed import Runtime
 from utils.logging import VerbosityLogger
 from utils.process import exit_code_of, one_line
+from utils.quantize import as_cached, restored
 from utils.sampling import balanced_order
 from utils.splits import Split, SplitError
+from utils.turns import Turn, distinct_turns
 
 SIZE, CELLS, LEVELS = 64, 4, 2
 OFF = Augmentations(enable=False)
@@ -64,7 +70,7 @@ def placed_tile() -> dict:
     inside = (torch.arange(SIZE)[:, None] % 16 * 16 + torch.arange(SIZE) % 16).expand(SIZE, SIZE)
     return {
         "image": torch.stack([pixel, inside, inside.flip(0)]).to(torch.uint8),
-        "features": [torch.stack([cell, -cell]) + 100.0 * level for level in range(LEVELS)],
+        "features": [(torch.stack([cell, -cell]) + 100.0 * n).half() for n in range(LEVELS)],
         "label": pixel.to(torch.uint8),
     }
 
@@ -85,6 +91,17 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
+def dataset_of(folder: Path, augmentations: Augmentations | None = None, seed: int = 0):
+    return PrecomputedDataset(folder, read_manifest(folder), NAMES, augmentations, seed)
+
+
+def sample_of(data: PrecomputedDataset, index: int) -> Sample:
+    """A tile as a batch of one, without the batch's axis."""
+    batch = Collate(255)([data[index]])
+    features, scales = ([level[0] for level in part] for part in (batch.features, batch.scales))
+    return Sample(batch.image[0], features, batch.label[0], batch.name[0], scales)
+
+
 # Flips and quarter turns
 
 
@@ -96,19 +113,20 @@ def turned_of(sample) -> list[Tensor]:
 
 
 def test_image_features_and_label_are_turned_alike(folder):
-    data = PrecomputedDataset(folder, NAMES, Augmentations(), seed=5)
+    data = dataset_of(folder, Augmentations(), seed=5)
     for index in range(60):
-        sample = data[index]
+        sample = sample_of(data, index)
         first, *others = (part.float() for part in turned_of(sample))
         assert all(torch.equal(first, part) for part in others)
         assert torch.equal(sample.image[0], sample.label)
-        for part in (sample.image, sample.label, *sample.features):
-            assert part.is_contiguous()
+        assert sample.image.is_contiguous()
+        assert sample.label.is_contiguous()
 
 
 def test_all_eight_ways_to_lay_a_tile_occur_and_no_more(folder):
-    data = PrecomputedDataset(folder, NAMES, Augmentations(), seed=0)
-    seen = [tuple(data[index].label[8::16, 8::16].flatten().tolist()) for index in range(400)]
+    data = dataset_of(folder, Augmentations())
+    labels = [sample_of(data, index).label for index in range(400)]
+    seen = [tuple(label[8::16, 8::16].flatten().tolist()) for label in labels]
     assert len(set(seen)) == 8
     assert min(seen.count(way) for way in set(seen)) > 20
 
@@ -116,14 +134,14 @@ def test_all_eight_ways_to_lay_a_tile_occur_and_no_more(folder):
 def test_turns_within_a_patch_follow_the_patches(folder):
     """The pixels of a patch are turned with it, not only moved along."""
     original = placed_tile()["image"]
-    data = PrecomputedDataset(folder, NAMES, Augmentations(), seed=1)
+    data = dataset_of(folder, Augmentations(), seed=1)
     for index in range(20):
         turn = draw_turn(Augmentations(), 1, *divmod(index, len(NAMES)))
         expected = original.flip(-1) if turn.hflip else original
         expected = expected.flip(-2) if turn.vflip else expected
         for _ in range(turn.quarters):  # once counter-clockwise: columns from the right become rows
             expected = expected.transpose(-2, -1).flip(-2)
-        assert torch.equal(data[index].image, expected)
+        assert torch.equal(sample_of(data, index).image, expected)
 
 
 @pytest.mark.parametrize(
@@ -155,24 +173,76 @@ def test_draws_differ_between_seeds_epochs_and_tiles():
 
 
 def test_validation_samples_are_as_cached(folder):
-    for index, sample in enumerate(PrecomputedDataset(folder, NAMES)):
-        expected = placed_tile()
+    data, expected = dataset_of(folder), placed_tile()
+    for index in range(len(NAMES)):
+        sample = sample_of(data, index)
         assert torch.equal(sample.image, expected["image"])
         assert torch.equal(sample.label, expected["label"])
+        assert all(map(torch.equal, sample.features, expected["features"]))
         assert sample.name == NAMES[index]
-        if index + 1 == len(NAMES):
-            break
 
 
-def test_four_quarter_turns_and_two_flips_are_nothing():
-    tensor = torch.arange(16).reshape(4, 4)
-    quarter = Turn(hflip=False, vflip=False, quarters=1)
-    flip = Turn(hflip=True, vflip=False, quarters=0)
-    turned = tensor
-    for _ in range(4):
-        turned = quarter.apply(turned)
-    assert torch.equal(turned, tensor)
-    assert torch.equal(flip.apply(flip.apply(tensor)), tensor)
+@given(
+    st.integers(0, 9),
+    st.sampled_from([torch.uint8, torch.int32, torch.float16, torch.bfloat16]),
+    st.sampled_from([4, 80, 130]),
+    st.booleans(),
+)
+def test_a_batch_is_its_tensors_turned_one_by_one(seed, dtype, side, channels_last):
+    generator = torch.Generator().manual_seed(seed)
+    turns = distinct_turns(True, True, True)
+    stored = torch.randint(0, 200, (len(turns), 3, side, side), generator=generator).to(dtype)
+    if seed % 2:
+        stored = stored.contiguous(memory_format=torch.channels_last)
+    batch = Collate(255).batch([*stored], turns, channels_last)
+    expected = torch.stack([turn.apply(each) for turn, each in zip(turns, stored, strict=True)])
+    assert torch.equal(batch, expected)
+    assert batch.is_contiguous(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    )
+
+
+def test_a_batch_keeps_its_memory_as_long_as_anything_looks_at_it():
+    memory = Memory()
+    first, place = memory.take(64), None
+    place, seen = first.data_ptr(), first.view(torch.int16).view(4, 8)[1:]
+    del first
+    assert memory.take(64).data_ptr() != place
+    array = array_of(seen)
+    del seen
+    assert memory.take(64).data_ptr() != place
+    del array
+    taken = [memory.take(64) for _ in range(3)]
+    assert place in [each.data_ptr() for each in taken]
+    assert len({each.data_ptr() for each in taken}) == 3
+
+
+def test_no_more_memory_is_kept_than_a_few_batches_need():
+    memory = Memory()
+    for nbytes in range(1, 3 * KEPT):
+        memory.take(nbytes)
+    assert len(memory.kept) == KEPT
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_that_are_held_are_not_written_over(folder, workers):
+    loaders = loaders_of(folder, workers, batch_size=2)
+    held = list(loaders.train)
+    copies = [(batch.image.clone(), [level.clone() for level in batch.features]) for batch in held]
+    loaders.sampler.epoch = 1
+    again = list(loaders.train)
+    for batch, (image, features) in zip(held, copies, strict=True):
+        assert torch.equal(batch.image, image)
+        assert all(map(torch.equal, batch.features, features))
+    assert not torch.equal(held[0].image, again[0].image)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_of_features_have_the_memory_they_are_cached_in(folder, workers):
+    for batch in loaders_of(folder, workers).train:
+        for level in batch.features:
+            assert level.is_contiguous(memory_format=torch.channels_last)
+            assert level.dtype == torch.float16
 
 
 # Order
@@ -227,8 +297,8 @@ def test_two_ranks_turn_the_tiles_of_an_odd_epoch_as_one_process_does(length):
 
 
 def test_a_tile_that_fills_the_last_step_up_has_no_label(folder):
-    dataset = PrecomputedDataset(folder, NAMES)
-    plain, filling = dataset[0], dataset[-1]
+    data = dataset_of(folder)
+    plain, filling = sample_of(data, 0), sample_of(data, -1)
     assert torch.equal(plain.image, filling.image) and plain.name == filling.name
     assert (plain.label != 255).any() and (filling.label == 255).all()
 
@@ -369,6 +439,23 @@ def test_samples_have_all_the_bands_that_are_cached(folder):
         assert torch.equal(batch.image[:, 3], batch.label)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_features_in_bytes_come_with_their_scales(folder, workers):
+    write_manifest(made_of(feature_dtype="int8"), folder)
+    stored = placed_tile()
+    for name in NAMES:
+        write_tile(folder, name, **stored | as_cached(stored["features"], "int8"))
+    loaders = loaders_of(folder, workers)
+    for batch in [*loaders.train, *loaders.val]:
+        levels = restored(batch.features, batch.scales)
+        assert batch.features[0].dtype == torch.int8
+        assert [tuple(each.shape) for each in batch.scales] == [(len(batch.name), 2, 2)] * LEVELS
+        for number, level in enumerate(levels):
+            cells = batch.label[:, 8::16, 8::16].float()
+            assert torch.allclose(level[:, 0].float() - 100 * number, cells, atol=0.1)
+            assert torch.allclose(level[:, 1].float() - 100 * number, -cells, atol=0.1)
+
+
 # Damaged tiles in training
 
 
@@ -392,6 +479,19 @@ def break_kind(path: Path) -> None:
     torch.save(torch.zeros(3), path)
 
 
+def break_shape(path: Path) -> None:
+    torch.save(load_tile(path) | {"features": [torch.zeros(2, 4, 2).half()] * LEVELS}, path)
+
+
+def break_type(path: Path) -> None:
+    torch.save(load_tile(path) | {"label": torch.zeros(SIZE, SIZE, dtype=torch.int64)}, path)
+
+
+HARMED = [
+    break_cut, break_gone, break_empty, break_keys, break_kind, break_shape, break_type
+]  # fmt: skip
+
+
 def clean_line(folder: Path, workers: int) -> str:
     """What the program says of an epoch that fails, and that its exit code is that of bad data."""
     with pytest.raises(CacheError) as caught:
@@ -400,7 +500,7 @@ def clean_line(folder: Path, workers: int) -> str:
     return one_line(caught.value)
 
 
-@pytest.mark.parametrize("harm", [break_cut, break_gone, break_empty, break_keys, break_kind])
+@pytest.mark.parametrize("harm", HARMED)
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
 def test_a_damaged_tile_ends_training_with_one_clean_line(folder, harm):
     path = tile_path(folder, NAMES[4])

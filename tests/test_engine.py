@@ -36,6 +36,7 @@ from utils.engine import (
 from utils.logging import VerbosityLogger
 from utils.losses import SegmentationLoss
 from utils.metrics import Score, SegmentationMetrics
+from utils.quantize import as_cached, rounding
 
 CPU, QUIET = torch.device("cpu"), VerbosityLogger("error", silent=True)
 NORMALIZE = Normalize([0.5] * 3, [0.25] * 3)
@@ -147,6 +148,20 @@ def test_a_steps_gradient_is_that_of_the_mean_over_labelled_pixels(split):
     for name, parameter in twin.named_parameters():
         scale = parameter.grad.abs().max()
         assert (kept[name] - parameter.grad).abs().max() <= 1e-4 * scale + 1e-7, name
+
+
+def test_features_in_bytes_are_restored_before_the_head():
+    [batch] = batches_of(make_samples(3), 3)
+    parts = as_cached(batch.features, "int8")
+    seen = []
+
+    def head(_, features):
+        seen.extend(features)
+        return SimpleNamespace(logits=torch.zeros(3, CLASSES, 64, 64), aux=())
+
+    step_of(head_of("linear")).forward(head, batch._replace(**parts))
+    assert {level.dtype for level in seen} == {torch.float16}
+    assert all(map(torch.equal, seen, rounding("int8")(batch.features)))
 
 
 def test_a_batch_without_a_labelled_pixel_contributes_nothing():
@@ -544,7 +559,8 @@ def test_a_checkpoint_says_all_that_is_needed_to_use_it_again(tmp_path):
     load_weights(rebuilt, kept, path)
     assert distance(rebuilt, head) == 0
     for name in ("backbone", "backbone_hash", "layers", "norm", "image_mean", "image_std",
-                 "patch_size", "tile_size", "precision", "ignore_index"):  # fmt: skip
+                 "patch_size", "tile_size", "precision", "feature_dtype",
+                 "ignore_index"):  # fmt: skip
         assert getattr(kept, name) == getattr(manifest, name)
     assert (kept.epoch, kept.config) == (7, "resources: {}\n")
     assert kept.metrics["miou"] == pytest.approx(0.2)

@@ -11,7 +11,7 @@ FLOORS = [
     {
         "utils.strict_yaml", "utils.key_rules", "utils.tiling", "utils.cache", "utils.sampling",
         "utils.losses", "utils.metrics", "utils.optim", "utils.logging", "utils.landscape",
-        "utils.turns", "utils.streaming", "utils.artefacts", "models.blocks",
+        "utils.turns", "utils.streaming", "utils.quantize", "utils.artefacts", "models.blocks",
     },
     {
         "utils.key_faults", "utils.journal", "utils.raster", "utils.footprints", "utils.blending",
@@ -27,7 +27,7 @@ FLOORS = [
     },
     {
         "utils.labels", "utils.data", "utils.checkpoint", "utils.polygons", "utils.products",
-        "models.segmenter",
+        "utils.pace", "models.segmenter",
     },
     {"utils.prepare", "utils.engine", "utils.inference"},
     {"main", "utils.demo"},

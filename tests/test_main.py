@@ -141,6 +141,29 @@ def test_a_second_run_uses_the_tiles_of_the_first(copy, capsys):
     assert tiles == {p: p.stat().st_mtime_ns for p in (copy.parent / "cache").glob("*.pt")}
 
 
+@pytest.mark.parametrize(("made", "other"), [("fp32", "bf16"), ("bf16", "fp32")])
+def test_a_cache_keeps_its_precision_where_auto_is_asked_for(tmp_path, capsys, made, other):
+    config = project.write_project(tmp_path, height=64, width=128)
+    for wanted in (made, "auto"):
+        assert project.run(config, *UNTIL_TRAIN, f"resources.precision={wanted}") == 0
+    assert json.loads((tmp_path / "cache" / "manifest.json").read_text())["precision"] == made
+    assert "0 tiles made" in capsys.readouterr().err
+    assert project.run(config, *UNTIL_TRAIN, f"resources.precision={other}") == 3
+    assert "(resources.precision)" in capsys.readouterr().err
+    train_only = ("prepare.enable=false", "inference.enable=false", "verify.enable=false")
+    assert project.run(config, *train_only, f"resources.precision={other}") == 3
+    assert f"precision is '{made}', this run has '{other}'" in capsys.readouterr().err
+
+
+def test_what_compiling_brings_on_a_cpu_is_told(copy, monkeypatch, capsys):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda head: compiled.append(head) or head)
+    for setting, times in (("train.compile=false", 0), ("train.compile=true", 1)):
+        assert project.run(copy, *ONLY_TRAIN, setting) == 0
+        assert capsys.readouterr().err.count("on a CPU that was measured not to pay") == times
+        assert len(compiled) == times
+
+
 def test_each_phase_runs_alone(copy, capsys):
     (copy.parent / "map.tif").unlink()
     for phase in ("prepare", "verify", "train", "inference"):

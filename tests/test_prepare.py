@@ -32,6 +32,7 @@ from utils.distributed import Runtime
 from utils.logging import VerbosityLogger
 from utils.prepare import (
     Encode,
+    begun_in,
     cached_ranges,
     describe_cache,
     encode_on,
@@ -61,7 +62,7 @@ class Project:
 
     @property
     def encode(self) -> Encode:
-        return encode_on(CPU, "fp32", self.backbone)
+        return encode_on(CPU, self.wanted(find_sources(self.config)), self.backbone)
 
     def changed(self, **keys) -> "Project":
         """The same project with other keys in its prepare section."""
@@ -123,6 +124,7 @@ def project(tmp_path, write_tiff, rng, backbone) -> Project:
     }
     config = Config.model_validate(
         {
+            "resources": {"precision": "fp32"},
             "model": {"num_classes": 3},
             "prepare": section,
             "verify": {"enable": False},
@@ -827,10 +829,10 @@ def begun(folder, **changes) -> None:
 def test_what_auto_found_once_is_kept_and_numbers_given_are_not(tmp_path):
     begun(tmp_path / "found", auto_range=True)
     begun(tmp_path / "given", auto_range=False)
-    assert cached_ranges(tmp_path / "found", (1,)) == ((10.0, 90.0),)
-    assert cached_ranges(tmp_path / "found", (2,)) is None
-    assert cached_ranges(tmp_path / "given", (1,)) is None
-    assert cached_ranges(tmp_path, (1,)) is None
+    assert cached_ranges(begun_in(tmp_path / "found"), (1,)) == ((10.0, 90.0),)
+    assert cached_ranges(begun_in(tmp_path / "found"), (2,)) is None
+    assert cached_ranges(begun_in(tmp_path / "given"), (1,)) is None
+    assert cached_ranges(begun_in(tmp_path), (1,)) is None
 
 
 def test_a_cache_says_whether_auto_found_its_ranges(prepared):

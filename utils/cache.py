@@ -1,8 +1,10 @@
 """The tile cache on disk: what it is (manifest.json) and one `.pt` file per tile.
 
 A tile's file holds `{image, features, label}`: image (bands, S, S) uint8 as read and scaled,
-features a list of (channels, S/16, S/16) half-precision maps, label (S, S) class ids. The manifest
-says how they were made; a cache made in another way is refused, not mixed.
+features a list of (channels, S/16, S/16) maps in channels-last memory, level by level of one view
+after the other, label (S, S) class ids; with int8 features also `scales`, (2, channels) float32 for
+each map. A cache of tiles holds image and label only, and training computes the features. The
+manifest says how they were made; a cache made in another way is refused, not mixed.
 """
 
 import errno
@@ -22,8 +24,8 @@ import torch
 from torch import Tensor
 
 MANIFEST = "manifest.json"
-FORMAT = 2
-FEATURE_DTYPE = torch.float16
+FORMAT = 3
+FEATURE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 # what torch and zipfile raise on bytes that are not what torch.save wrote
 DAMAGE = (
     pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, LookupError,
@@ -47,10 +49,12 @@ class TileError(Exception):
 class Manifest:
     """What a cache is.
 
+    cache is features, or tiles where features are left to training; either way the backbone's.
     ranges are the values that become 0 and 255 in each of the bands, auto_range whether `auto`
-    found them; rgb the places among the bands that the backbone sees; labels and scenes identify
-    the files read (bytes, modification time); tiles holds each tile's labelled pixels per class,
-    once prepare is done and `complete`.
+    found them; rgb the places among the bands that the backbone sees; views are the turns of a tile
+    whose features are cached, the first none; labels and scenes identify the files read (bytes,
+    modification time); tiles holds each tile's labelled pixels per class, once prepare is done and
+    `complete`.
     """
 
     backbone: str
@@ -76,6 +80,8 @@ class Manifest:
     labels: dict[str, dict[str, int]]
     class_names: list[str]
     class_colors: list[list[int]]
+    cache: str = "features"
+    views: list[list[int]] = field(default_factory=lambda: [[False, False, 0]])
     auto_range: bool = False
     ground_gsd: float | None = None
     scenes: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -84,9 +90,31 @@ class Manifest:
     format: int = FORMAT
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """What a tile's file holds."""
+        if self.cache == "tiles":
+            return ("image", "label")
+        return ("image", "features", "label", *["scales"] * (self.feature_dtype == "int8"))
+
+    @property
+    def rgb_bands(self) -> list[int]:
+        """The numbers of the bands that the backbone sees: three, or one."""
+        return seen_bands(self.bands, self.rgb)
+
+    @property
     def label_dtype(self) -> torch.dtype:
         """The smallest type that holds every class id and ignore_index."""
         return torch.uint8 if max(self.num_classes - 1, self.ignore_index) <= 255 else torch.int32
+
+
+def seen_bands(bands: list[int], rgb: list[int]) -> list[int]:
+    """The numbers of the bands in these places, which are three, or thrice the same.
+
+    >>> seen_bands([4, 3, 2, 1], rgb=[1, 2, 3]), seen_bands([5, 7], rgb=[1, 1, 1])
+    ([3, 2, 1], [7])
+    """
+    chosen = [bands[place] for place in rgb]
+    return chosen[:1] if len(set(chosen)) == 1 else chosen
 
 
 # what may differ between a cache and the run that goes on with it
@@ -99,8 +127,11 @@ KEYS = {
     "layers": "model.layers",
     "image_mean": "model.image_mean",
     "image_std": "model.image_std",
-    "precision": "prepare.device",
+    "precision": "resources.precision",
     "tile_size": "prepare.tile_size",
+    "feature_dtype": "prepare.feature_dtype",
+    "cache": "dataset.cache",
+    "views": "train.augment_views",
     "num_classes": "model.num_classes",
     "ignore_index": "dataset.ignore_index",
     "labels": "paths.label_path",
@@ -204,20 +235,37 @@ def tile_names(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def write_tile(
-    folder: Path, name: str, image: Tensor, features: Sequence[Tensor], label: Tensor
+    folder: Path,
+    name: str,
+    image: Tensor,
+    label: Tensor,
+    features: Sequence[Tensor] = (),
+    scales: Sequence[Tensor] = (),
 ) -> None:
-    """Write one tile's file: copies of its tensors, under a temporary name, then renamed."""
+    """Write one tile's file: copies of what is given, under a temporary name, then renamed."""
     content = {
         "image": image.clone(),
-        "features": [level.to(FEATURE_DTYPE).cpu().clone() for level in features],
+        "features": [stored_map(level) for level in features],
         "label": label.clone(),
+        "scales": [each.cpu().clone() for each in scales],
     }
+    content = {part: value for part, value in content.items() if len(value)}
     temporary = folder / f".{name}.{os.getpid()}.tmp"
     try:
         torch.save(content, temporary)
         temporary.replace(tile_path(folder, name))
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def stored_map(level: Tensor) -> Tensor:
+    """A copy of a map as files hold it: on the CPU, with a cell's channels side by side.
+
+    >>> stored_map(torch.zeros(384, 32, 32)).stride()
+    (1, 12288, 384)
+    """
+    cells = level.detach().cpu().permute(1, 2, 0)
+    return cells.clone(memory_format=torch.contiguous_format).permute(2, 0, 1)
 
 
 def load_tile(path: Path, mmap: bool = False, content: bytes | None = None) -> dict[str, Any]:
@@ -251,27 +299,42 @@ def check_tile(path: Path, manifest: Manifest) -> None:
         raise TileError(f"{path.name}: checksum of {broken} is wrong")
     content = load_tile(path, content=stored)
     check_layout(path.name, content, manifest)
-    for number, level in enumerate(content["features"]):
-        if not torch.isfinite(level).all():
-            raise TileError(f"{path.name}: features[{number}] are not finite")
+    for part in ("features", "scales"):
+        for number, level in enumerate(content.get(part, ())):
+            if not torch.isfinite(level).all():
+                raise TileError(f"{path.name}: {part}[{number}] are not finite")
 
 
 def check_layout(name: str, content: Any, manifest: Manifest) -> None:
     """Raise TileError where keys, shapes, dtypes or label values are not the manifest's."""
-    if not isinstance(content, dict) or set(content) != {"image", "features", "label"}:
-        raise TileError(f"{name}: keys are not image, features, label")
-    size, cells = manifest.tile_size, manifest.tile_size // manifest.patch_size
-    _check_tensor(name, "image", content["image"], (len(manifest.bands), size, size), torch.uint8)
-    _check_tensor(name, "label", content["label"], (size, size), manifest.label_dtype)
-    levels = content["features"]
-    if not isinstance(levels, list) or len(levels) != len(manifest.layers):
-        raise TileError(f"{name}: features are not a list of {len(manifest.layers)} levels")
-    for number, level in enumerate(levels):
-        wanted = (manifest.channels, cells, cells)
-        _check_tensor(name, f"features[{number}]", level, wanted, FEATURE_DTYPE)
+    check_shapes(name, content, manifest)
     label = content["label"][content["label"] != manifest.ignore_index]
     if label.numel() and not 0 <= int(label.min()) <= int(label.max()) < manifest.num_classes:
         raise TileError(f"{name}: label values outside 0..{manifest.num_classes - 1}")
+
+
+def check_shapes(name: str, content: Any, manifest: Manifest) -> None:
+    """Raise TileError where keys, shapes or dtypes are not the manifest's; values are not read."""
+    if not isinstance(content, dict) or set(content) != set(manifest.parts):
+        raise TileError(f"{name}: keys are not {', '.join(manifest.parts)}")
+    size, cells = manifest.tile_size, manifest.tile_size // manifest.patch_size
+    _check_tensor(name, "image", content["image"], (len(manifest.bands), size, size), torch.uint8)
+    _check_tensor(name, "label", content["label"], (size, size), manifest.label_dtype)
+    maps = (manifest.channels, cells, cells), FEATURE_DTYPES[manifest.feature_dtype]
+    for part, kind in {"features": maps, "scales": ((2, manifest.channels), torch.float32)}.items():
+        if part in content:
+            _check_list(name, part, content[part], manifest, kind)
+
+
+def _check_list(
+    name: str, part: str, found: Any, manifest: Manifest, kind: tuple[tuple[int, ...], torch.dtype]
+) -> None:
+    levels, views = len(manifest.layers), len(manifest.views)
+    if not isinstance(found, list) or len(found) != levels * views:
+        of_views = f" of {views} views" if views > 1 else ""
+        raise TileError(f"{name}: {part} are not a list of {levels} levels{of_views}")
+    for number, level in enumerate(found):
+        _check_tensor(name, f"{part}[{number}]", level, *kind)
 
 
 def _check_tensor(

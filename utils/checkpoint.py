@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from config import Config, Dataset
-from utils.cache import DAMAGE, Manifest
+from utils.cache import DAMAGE, KEYS, CacheError, Manifest, seen_bands, short
 from utils.distributed import has_bf16
 from utils.logging import VerbosityLogger
+from utils.turns import first_turns
 
-FORMAT = 2
+FORMAT = 3
 
 
 class CheckpointError(Exception):
@@ -32,9 +33,10 @@ class Checkpoint:
     """What weights are.
 
     head, num_classes, channels and levels rebuild the network; backbone, backbone_hash, layers,
-    norm, image_mean, image_std, patch_size, tile_size and precision say which features it was
-    trained on; bands, rgb, ranges, nodata and gsd how scenes are read; class_names and class_colors
-    what a map shows; config is the run's resolved YAML, metrics the validation scores of `epoch`.
+    norm, image_mean, image_std, patch_size, tile_size, precision and feature_dtype say which
+    features it was trained on; bands, rgb, ranges, nodata and gsd how scenes are read; class_names
+    and class_colors what a map shows; config is the run's resolved YAML, metrics the validation
+    scores of `epoch`.
     """
 
     head: str
@@ -50,6 +52,7 @@ class Checkpoint:
     patch_size: int
     tile_size: int
     precision: str
+    feature_dtype: str
     bands: list[int]
     rgb: list[int]
     ranges: list[list[float]]
@@ -67,8 +70,7 @@ class Checkpoint:
     @property
     def rgb_bands(self) -> list[int]:
         """The numbers of the bands that the backbone sees: three, or one."""
-        chosen = [self.bands[place] for place in self.rgb]
-        return chosen[:1] if len(set(chosen)) == 1 else chosen
+        return seen_bands(self.bands, self.rgb)
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
@@ -183,9 +185,20 @@ def stated_ranges(section: Dataset, bands: int) -> list[list[float]] | None:
 
 def require_cache(config: Config, manifest: Manifest) -> None:
     """Refuse a cache made with other settings than the configuration has by now."""
-    model = config.model
+    folder, model, means = config.train.processed_dir, config.model, config.dataset.augmentations
+    views = first_turns(config.train.augment_views, means.hflip, means.vflip, means.rotate90)
+    if manifest.views != views:
+        raise CheckpointError(
+            f"{folder}: features of {len(manifest.views)} views of a tile are cached, "
+            f"train.augment_views asks for {len(views)} by dataset.augmentations; run prepare into "
+            "another folder, or set it back"
+        )
+    precision, kind = config.resources.precision, config.dataset.cache
     stated = {
+        "cache": None if kind == "auto" else kind,
         "num_classes": model.num_classes,
+        "feature_dtype": config.prepare.feature_dtype,
+        "precision": None if precision == "auto" else precision,
         "ignore_index": config.dataset.ignore_index,
         "layers": None if model.layers is None else list(model.layers),
         "channels": model.dino_channels,
@@ -196,7 +209,28 @@ def require_cache(config: Config, manifest: Manifest) -> None:
     }
     wanted = {key: value for key, value in stated.items() if value is not None}
     found = {key: getattr(manifest, key) for key in wanted}
-    require_equal(config.train.processed_dir, found, wanted)
+    require_equal(folder, found, wanted)
+
+
+def require_backbone(folder: Path, manifest: Manifest, backbone: Any) -> None:
+    """Refuse a backbone that is not the one a cache of tiles was made for, to the last weight."""
+    spec = backbone.spec
+    ours = {
+        "backbone_hash": backbone.weights_hash,
+        "layers": list(spec.layers),
+        "image_mean": list(spec.image_mean),
+        "image_std": list(spec.image_std),
+        "rgb": list(spec.rgb),
+        "norm": spec.norm,
+    }
+    for name, value in ours.items():
+        found = getattr(manifest, name)
+        if found != value:
+            raise CacheError(
+                f"{folder}: its tiles are for a backbone with {name} {short(found)}, this run has "
+                f"{short(value)} ({KEYS.get(name, name)}); set it back, or run prepare into "
+                "another folder"
+            )
 
 
 def require_equal(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -1,30 +1,32 @@
 """Cached tiles for training: verify them, load them as samples.
 
 verify: check every tile's file and delete the bad ones, so that the next prepare makes exactly
-those again. PrecomputedDataset: the cache as samples, with flips and quarter turns applied alike to
-image, features and label.
+those again. PrecomputedDataset: the cache as tiles to learn from, each with the turn that is drawn
+for it. Collate: batches of them, with image, features and label turned alike; tiles are mapped into
+memory, not read, so that what a batch does not need stays on the disk, and no value moves twice.
 """
 
 import random
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, get_worker_info
 
 from config import Augmentations, Splits, Train
 from utils.cache import (
     CacheError,
     Manifest,
     TileError,
+    check_shapes,
     check_tile,
     load_tile,
     read_manifest,
@@ -36,19 +38,39 @@ from utils.footprints import footprints, write_sides
 from utils.logging import VerbosityLogger
 from utils.sampling import balanced_order
 from utils.splits import Split, audit, split_by_blocks, split_by_lists, split_by_regions
+from utils.turns import Turn
+
+STRIP = 64  # columns: a quarter turn of bytes reads whole columns, which a cache holds in strips
+KEPT = 64  # pieces of batches' memory to hold on to
 
 
 class Sample(NamedTuple):
-    """One tile, or after collation a batch of them.
+    """A batch of tiles.
 
-    image (bands, S, S) uint8 as stored; features one (channels, S/16, S/16) half map per level;
-    label (S, S) class ids. A batch has a leading axis in each tensor and a list of names.
+    image (B, bands, S, S) uint8 as stored; features one (B, channels, S/16, S/16) map per level, in
+    channels-last memory, none from a cache of tiles; label (B, S, S) class ids; scales (B, 2,
+    channels) per level, if features are int8.
     """
 
     image: Tensor
     features: list[Tensor]
     label: Tensor
-    name: str | list[str]
+    name: list[str]
+    scales: Sequence[Tensor] = ()
+
+
+class Drawn(NamedTuple):
+    """A tile that was drawn: of its file the drawn view, and how that is to be laid.
+
+    turn is for image and label, features_turn for the features, which may be of the turned tile as
+    they are; weighs: whether the label counts.
+    """
+
+    name: str
+    content: dict[str, Any]
+    turn: Turn
+    features_turn: Turn
+    weighs: bool
 
 
 def verify(folder: Path, workers: int, run: Runtime, log: VerbosityLogger) -> None:
@@ -99,27 +121,6 @@ def _mapper(workers: int) -> Iterator[Callable[..., Iterator]]:
         pool.shutdown(cancel_futures=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One of the eight ways to lay a square tile: mirror, then quarter turns.
-
-    >>> image = torch.tensor([[1, 2], [3, 4]])
-    >>> Turn(hflip=True, vflip=False, quarters=0).apply(image).tolist()
-    [[2, 1], [4, 3]]
-    >>> Turn(hflip=False, vflip=False, quarters=1).apply(image).tolist()
-    [[2, 4], [1, 3]]
-    """
-
-    hflip: bool
-    vflip: bool
-    quarters: int
-
-    def apply(self, tensor: Tensor) -> Tensor:
-        """The tensor with its last two axes (rows, columns) mirrored and turned."""
-        axes = [axis for axis, wanted in ((-1, self.hflip), (-2, self.vflip)) if wanted]
-        return torch.rot90(tensor.flip(axes), self.quarters, (-2, -1))
-
-
 def draw_turn(settings: Augmentations, seed: int, visit: int, index: int) -> Turn:
     """The turn of a tile at a visit: the same for the same numbers, on any rank and worker.
 
@@ -130,14 +131,14 @@ def draw_turn(settings: Augmentations, seed: int, visit: int, index: int) -> Tur
     dice = random.Random(f"{seed} {visit} {index}")
     hflip, vflip, quarters = dice.random() < 0.5, dice.random() < 0.5, dice.randrange(4)
     if not settings.enable:
-        return Turn(False, False, 0)
+        return Turn()
     return Turn(
         hflip and settings.hflip, vflip and settings.vflip, quarters if settings.rotate90 else 0
     )
 
 
-class PrecomputedDataset(Dataset[Sample]):
-    """Cached tiles as samples.
+class PrecomputedDataset(Dataset[Drawn]):
+    """Cached tiles as they are drawn.
 
     An index past the length is a later visit to the same tile: `visit * len + position`, so that
     worker processes need not be told the epoch. A negative index, -1 less the tile's own, is the
@@ -147,39 +148,130 @@ class PrecomputedDataset(Dataset[Sample]):
     def __init__(
         self,
         folder: Path,
+        manifest: Manifest,
         names: Sequence[str],
         augmentations: Augmentations | None = None,
         seed: int = 0,
-        ignore_index: int = 255,
     ) -> None:
         self.folder = folder
+        self.manifest = manifest
+        self.views = [Turn(*view) for view in manifest.views]
         self.names = list(names)
         self.augmentations = augmentations
         self.seed = seed
-        self.ignore_index = ignore_index
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> Drawn:
         weighs = index >= 0
         visit, position = divmod(index if weighs else -1 - index, len(self.names))
         name = self.names[position]
         path = tile_path(self.folder, name)
         try:
-            content = load_tile(path)
-            image, features, label = content["image"], content["features"], content["label"]
-        except (TileError, LookupError, TypeError, FileNotFoundError) as error:
+            content = load_tile(path, mmap=True)
+            check_shapes(path.name, content, self.manifest)
+        except (TileError, FileNotFoundError) as error:
             raise CacheError(
                 f"{path}: missing or damaged ({error}); run prepare and verify again"
             ) from error
-        if self.augmentations is not None:
-            turn = draw_turn(self.augmentations, self.seed, visit, position)
-            features = [turn.apply(level).contiguous() for level in features]
-            image, label = turn.apply(image).contiguous(), turn.apply(label).contiguous()
-        if not weighs:
-            label = torch.full_like(label, self.ignore_index)
-        return Sample(image, features, label, name)
+        view, turn, features_turn = self.draw(visit, position)
+        levels = len(self.manifest.layers)
+        for part in {"features", "scales"} & set(content):
+            content[part] = content[part][view * levels : (view + 1) * levels]
+        return Drawn(name, content, turn, features_turn, weighs)
+
+    def draw(self, visit: int, position: int) -> tuple[int, Turn, Turn]:
+        """The number of a cached view, and what is left to turn of image and features."""
+        if self.augmentations is None:
+            return 0, Turn(), Turn()
+        if len(self.views) > 1:
+            view = random.Random(f"{self.seed} {visit} {position}").randrange(len(self.views))
+            return view, self.views[view], Turn()
+        turn = draw_turn(self.augmentations, self.seed, visit, position)
+        return 0, turn, turn
+
+
+class Memory:
+    """Memory for batches, used again when nobody holds the batch that was in it.
+
+    The pages of fresh memory cost more than what is copied into them.
+    """
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[np.ndarray, weakref.ref]] = []  # and what tensors made of it hold
+
+    def take(self, nbytes: int) -> Tensor:
+        """So many bytes; in a worker process shared with the one that trains.
+
+        >>> memory = Memory()
+        >>> first = memory.take(8)
+        >>> memory.take(8).data_ptr() == first.data_ptr()       # `first` is in use, its memory too
+        False
+        """
+        if get_worker_info() is not None:  # as torch's own collation does
+            shared = torch.UntypedStorage._new_shared(nbytes)
+            return torch.empty(0, dtype=torch.uint8).set_(shared, 0, (nbytes,))
+        unused = (pair for pair in self.kept if pair[0].nbytes == nbytes and pair[1]() is None)
+        pair = next(unused, None)
+        memory = np.empty(nbytes, np.uint8) if pair is None else pair[0]
+        lent = memory.view()
+        others = [other for other in self.kept if other is not pair]
+        self.kept = [*others[1 - KEPT :], (memory, weakref.ref(lent))]
+        return torch.from_numpy(lent)
+
+
+class Collate:
+    """Batches of drawn tiles, laid as was drawn: each value is copied once."""
+
+    def __init__(self, ignore_index: int) -> None:
+        self.ignore_index = ignore_index
+        self.memory = Memory()
+
+    def __call__(self, drawn: Sequence[Drawn]) -> Sample:
+        turns = [each.turn for each in drawn]
+        own_turns = [each.features_turn for each in drawn]
+        images, labels = ([each.content[part] for each in drawn] for part in ("image", "label"))
+        levels = zip(*(each.content.get("features", ()) for each in drawn), strict=True)
+        features = [self.batch(level, own_turns, channels_last=True) for level in levels]
+        image, label = self.batch(images, turns), self.batch(labels, turns)
+        for own, each in zip(label, drawn, strict=True):
+            if not each.weighs:
+                own.fill_(self.ignore_index)
+        scales = zip(*(each.content.get("scales", ()) for each in drawn), strict=True)
+        names = [each.name for each in drawn]
+        return Sample(image, features, label, names, [torch.stack(level) for level in scales])
+
+    def batch(
+        self, tensors: Sequence[Tensor], turns: Sequence[Turn], channels_last: bool = False
+    ) -> Tensor:
+        """Tensors of one shape, each turned, in memory of rows or of channels.
+
+        >>> tiles = [torch.tensor([[1, 2], [3, 4]])] * 2
+        >>> Collate(255).batch(tiles, [Turn(), Turn(quarters=1)]).tolist()
+        [[[1, 2], [3, 4]], [[2, 4], [1, 3]]]
+        """
+        like, count = tensors[0], len(tensors)
+        memory = self.memory.take(count * like.nbytes).view(like.dtype)
+        if channels_last:
+            channels, rows, cols = like.shape
+            batch = memory.view(count, rows, cols, channels).permute(0, 3, 1, 2)
+        else:
+            batch = memory.view(count, *like.shape)
+        for target, tensor, turn in zip(array_of(batch), tensors, turns, strict=True):
+            source = turn.view(array_of(tensor))
+            for start in range(0, source.shape[-1], STRIP):
+                target[..., start : start + STRIP] = source[..., start : start + STRIP]
+        return batch
+
+
+def array_of(tensor: Tensor) -> np.ndarray:
+    """A tensor's memory as a NumPy array; bfloat16, which NumPy lacks, as the bits of its values.
+
+    >>> array_of(torch.ones(2, dtype=torch.bfloat16)).dtype
+    dtype('int16')
+    """
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def uniform_order(length: int, seed: int, epoch: int) -> list[int]:
@@ -264,8 +356,8 @@ def make_loaders(
 ) -> Loaders:  # fmt: skip
     """This rank's loaders: as many training batches as any rank, a share of the validation."""
     folder = section.processed_dir
-    train = PrecomputedDataset(folder, split.train, augmentations, seed, manifest.ignore_index)
-    val = PrecomputedDataset(folder, split.val)
+    train = PrecomputedDataset(folder, manifest, split.train, augmentations, seed)
+    val = PrecomputedDataset(folder, manifest, split.val)
     order = partial(uniform_order, len(train), seed)
     if section.sampler == "balanced":
         counts = torch.tensor([manifest.tiles[name] for name in split.train])
@@ -276,6 +368,7 @@ def make_loaders(
         "num_workers": section.num_workers,
         "persistent_workers": section.num_workers > 0,
         "pin_memory": torch.cuda.is_available(),
+        "collate_fn": Collate(manifest.ignore_index),
     }
     return Loaders(
         DataLoader(train, sampler=sampler, **shared),

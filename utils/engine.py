@@ -25,8 +25,10 @@ from utils.distributed import Runtime, autocast
 from utils.losses import SegmentationLoss, balanced_weights
 from utils.metrics import Score, SegmentationMetrics
 from utils.optim import EarlyStopping, build_optimizer, build_schedule
+from utils.quantize import restored
 from utils.tiling import batched
 
+Encode = Callable[[Tensor], list[Tensor]]
 Save = Callable[[nn.Module, int, Score], Path]
 
 
@@ -57,12 +59,18 @@ class TrainLosses:
 
 
 class Step:
-    """What turns batches into an optimizer step: network, loss, optimizer, schedule, averaging."""
+    """What turns batches into an optimizer step: network, loss, optimizer, schedule, averaging.
+
+    encode: a frozen backbone, from normalised images to feature maps, for a cache of tiles; no part
+    of the network that learns.
+    """
 
     def __init__(
         self, head: nn.Module, normalize: nn.Module, section: Train, manifest: Manifest, steps: int,
         run: Runtime, device: torch.device, class_weights: Sequence[float] | None = None,
+        encode: Encode | None = None,
     ) -> None:  # fmt: skip
+        self.encode = encode
         self.run, self.device, self.section = run, device, section
         self.precision = manifest.precision
         self.head = head.to(device)
@@ -108,12 +116,22 @@ class Step:
         """Loss of a batch; `score` is given the logits and the label."""
         label = batch.label.to(self.device, non_blocking=True).long()
         image = self.normalize(batch.image.to(self.device, non_blocking=True))
-        features = [level.to(self.device, non_blocking=True) for level in batch.features]
         with autocast(self.device, self.precision):
-            output = model(image, features)
+            features = self.features(batch, image)
+            output = model(image.contiguous(memory_format=torch.channels_last), features)
         if score is not None:
             score(output.logits, label)
         return self.loss(output, label)
+
+    def features(self, batch: Sample, image: Tensor) -> list[Tensor]:
+        """The maps of a batch as a head gets them, computed where the cache has none."""
+        if self.encode is not None:
+            return self.encode(image)
+        levels, scales = (
+            [each.to(self.device, non_blocking=True) for each in part]
+            for part in (batch.features, batch.scales)
+        )
+        return restored(levels, scales)
 
     def update(self, window: list[Sample]) -> None:
         """Clip, step, average, and move the rates on."""
@@ -188,12 +206,13 @@ def evaluate(step: Step, batches: DataLoader, num_classes: int, ignore_index: in
 
 def fit(
     head: nn.Module, normalize: nn.Module, loaders: Loaders, section: Train, manifest: Manifest,
-    run: Runtime, device: torch.device, save: Save, log,
+    run: Runtime, device: torch.device, save: Save, log, encode: Encode | None = None,
 ) -> Best:  # fmt: skip
     """Train until the epochs are over or `patience` of them brought no better validation mIoU."""
     windows = math.ceil(len(loaders.train) / section.grad_accum_steps)
     weights = class_weights_of(section, manifest, loaders)
-    step = Step(head, normalize, section, manifest, section.epochs * windows, run, device, weights)
+    steps = section.epochs * windows
+    step = Step(head, normalize, section, manifest, steps, run, device, weights, encode)
     stopping = EarlyStopping(section.patience)
     history: list[dict[str, float]] = []
     best = None
@@ -295,6 +314,7 @@ def keep_best(path: Path, head_name: str, manifest: Manifest, config_text: str) 
             patch_size=manifest.patch_size,
             tile_size=manifest.tile_size,
             precision=manifest.precision,
+            feature_dtype=manifest.feature_dtype,
             bands=manifest.bands,
             rgb=manifest.rgb,
             ranges=manifest.ranges,

@@ -3,7 +3,7 @@
 import contextlib
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from config import Config, ConfigError, Prepare
 from utils.cache import (
-    FEATURE_DTYPE,
     MANIFEST,
     CacheError,
     Manifest,
@@ -43,13 +42,15 @@ from utils.labels import (
 from utils.logging import VerbosityLogger
 from utils.maps import legend_of
 from utils.process import STOP
+from utils.quantize import as_cached
 from utils.raster import RasterError, Reading, Scene, ground_gsd, open_scene
 from utils.sampling import class_counts
 from utils.scenes import SceneFile, band_ranges, default_bands, find_scenes
 from utils.streaming import ahead, behind
 from utils.tiling import Tile, batched, repeated, tiles
+from utils.turns import Turn, first_turns
 
-Encode = Callable[[np.ndarray], list[Tensor]]
+Encode = Callable[[np.ndarray], Mapping[str, Sequence[Tensor]]]
 WAITING = 1  # batches of features that wait for the thread that writes
 MADE, REUSED = "made", "reused"
 UNLABELLED, INVALID, SPARSE, BACKGROUND = (
@@ -116,30 +117,42 @@ def find_sources(config: Config) -> Sources:
         raise RasterError(f"{named}: holds no raster (paths.raw_images_dir)")
     paths = [scene.path for scene in scenes]
     bands = dataset.bands or default_bands(paths[0])
-    ranges = cached_ranges(section.processed_dir, bands) if dataset.input_range == "auto" else None
+    begun = begun_in(section.processed_dir)
+    ranges = cached_ranges(begun, bands) if dataset.input_range == "auto" else None
     if ranges is None:
         ranges = band_ranges(paths, bands, dataset.input_range, dataset.nodata)
     reading = Reading(bands, ranges, dataset.nodata, dataset.gsd)
     return Sources(scenes, skipped, labels, reading, label_rules(dataset, config.model.num_classes))
 
 
+def begun_in(folder: Path) -> Manifest | None:
+    """What the cache is that was begun in a folder, which `auto` goes on with; None if none was."""
+    return read_manifest(folder) if (folder / MANIFEST).exists() else None
+
+
 def cached_ranges(
-    folder: Path, bands: tuple[int, ...]
+    begun: Manifest | None, bands: tuple[int, ...]
 ) -> tuple[tuple[float, float], ...] | None:
     """The ranges that `auto` found when a cache was begun: scenes added later do not move them."""
-    if not (folder / MANIFEST).exists():
+    if begun is None or not begun.auto_range or begun.bands != list(bands):
         return None
-    cached = read_manifest(folder)
-    if not cached.auto_range or cached.bands != list(bands):
-        return None
-    return tuple((low, high) for low, high in cached.ranges)
+    return tuple((low, high) for low, high in begun.ranges)
 
 
 def describe_cache(
     config: Config, sources: Sources, backbone: Any, device: torch.device
 ) -> Manifest:
-    """What this run's cache is to be, from its settings and the backbone's spec and hash."""
+    """What this run's cache is to be, from its settings and the backbone's spec and hash.
+
+    Where the configuration says `auto`, a cache that was begun in the folder decides.
+    """
     spec, section, reading = backbone.spec, config.prepare, sources.reading
+    means, begun = config.dataset.augmentations, begun_in(section.processed_dir)
+    kind, precision = config.dataset.cache, precision_of(config.resources.precision, device)
+    if begun and kind == "auto":
+        kind = begun.cache
+    if begun and config.resources.precision == "auto":
+        precision = begun.precision
     if section.tile_size % spec.patch_size:
         raise ConfigError(
             [
@@ -164,9 +177,11 @@ def describe_cache(
         auto_range=config.dataset.input_range == "auto",
         nodata=reading.nodata,
         gsd=reading.gsd,
-        precision=precision_of(config.resources.precision, device),
+        precision=precision,
         tile_size=section.tile_size,
-        feature_dtype=str(FEATURE_DTYPE).removeprefix("torch."),
+        feature_dtype=section.feature_dtype,
+        cache=kind,
+        views=first_turns(config.train.augment_views, means.hflip, means.vflip, means.rotate90),
         num_classes=config.model.num_classes,
         ignore_index=config.dataset.ignore_index,
         label_rules=asdict(sources.rules),
@@ -183,8 +198,8 @@ def prepare(
 ) -> None:  # fmt: skip
     """Cache image, features and label of every tile that has labelled pixels enough.
 
-    wanted: what the cache is to be; encode: (B, bands, S, S) uint8 pixels to feature maps. Ranks
-    share the tiles.
+    wanted: what the cache is to be; encode: (B, bands, S, S) uint8 pixels to what is written of
+    them beside image and label. Ranks share the tiles.
     """
     folder = section.processed_dir
     if run.is_main:
@@ -199,8 +214,8 @@ def prepare(
         steps = log.progress(found, "prepare", total=len(work), unit="tile", every=50)
         for batch in batched(_to_make(steps, tally), section.batch_size):
             STOP.check()
-            features = encode(np.stack([tile.image for tile in batch]))
-            hand(_write_tiles, folder, batch, features)
+            encoded = encode(np.stack([tile.image for tile in batch]))
+            hand(_write_tiles, folder, batch, encoded)
     tally.merge(run.gather(tally))
     if run.is_main:
         _close_cache(folder, tally, sources, log)
@@ -215,21 +230,32 @@ def _to_make(found: Iterable[ReadTile], tally: Tally) -> Iterator[ReadTile]:
             yield tile
 
 
-def _write_tiles(folder: Path, batch: Sequence[ReadTile], features: Sequence[Tensor]) -> None:
+def _write_tiles(
+    folder: Path, batch: Sequence[ReadTile], encoded: Mapping[str, Sequence[Tensor]]
+) -> None:
     for number, tile in enumerate(batch):
-        image = torch.from_numpy(tile.image)
-        write_tile(folder, tile.name, image, [level[number] for level in features], tile.label)
+        parts = {part: [level[number] for level in levels] for part, levels in encoded.items()}
+        write_tile(folder, tile.name, torch.from_numpy(tile.image), tile.label, **parts)
 
 
-def encode_on(device: torch.device, precision: str, backbone: torch.nn.Module) -> Encode:
-    """The backbone as a function of CPU pixels: upload raw pixels, compute on the device."""
-    backbone = backbone.to(device)
+def encode_on(device: torch.device, wanted: Manifest, backbone: torch.nn.Module) -> Encode:
+    """The backbone as a function of CPU pixels: upload raw pixels, compute on the device.
 
-    def encode(images: np.ndarray) -> list[Tensor]:
+    For a cache of tiles nothing is computed.
+    """
+    if wanted.cache == "tiles":
+        return lambda images: {}
+    backbone, turns = backbone.to(device), [Turn(*view) for view in wanted.views]
+
+    def encode(images: np.ndarray) -> Mapping[str, Sequence[Tensor]]:
         groups = upload(images, device).split(most_at_once(device) or len(images))
-        with torch.inference_mode(), autocast(device, precision):
-            parts = [backbone(group) for group in groups]
-        return [torch.cat(levels) for levels in zip(*parts, strict=True)]
+        with torch.inference_mode(), autocast(device, wanted.precision):
+            parts = [
+                [level for turn in turns for level in backbone(turn.apply(group))]
+                for group in groups
+            ]
+        levels = [torch.cat(levels) for levels in zip(*parts, strict=True)]
+        return as_cached(levels, wanted.feature_dtype)
 
     return encode
 
@@ -241,6 +267,11 @@ def _work(sources: Sources, size: int) -> Iterator[tuple[SceneFile, Tile]]:
             grid = scene.grid
         for tile in tiles(grid.height, grid.width, size):
             yield file, tile
+
+
+def count_tiles(sources: Sources, size: int) -> int:
+    """How many tiles all scenes have, labelled or not."""
+    return sum(1 for _ in _work(sources, size))
 
 
 def _open_cache(folder: Path, sources: Sources, wanted: Manifest, log: VerbosityLogger) -> None:

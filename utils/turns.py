@@ -1,7 +1,8 @@
 """The eight ways to lay a square tile: mirrored or not, turned by quarters."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,14 @@ class Turn:
     def apply(self, tensor: Tensor) -> Tensor:
         """The tensor (..., rows, columns) mirrored, then turned; itself where neither is asked."""
         return _turned(_mirrored(tensor, self._axes), self.quarters)
+
+    def view(self, array: np.ndarray) -> np.ndarray:
+        """What `apply` does, of a NumPy array and without moving a value.
+
+        >>> Turn(hflip=True, quarters=1).view(np.array([[1, 2], [3, 4]])).tolist()
+        [[1, 3], [2, 4]]
+        """
+        return np.rot90(np.flip(array, self._axes), self.quarters, (-2, -1))
 
     def undo(self, tensor: Tensor) -> Tensor:
         """The inverse of `apply`."""
@@ -61,3 +70,12 @@ def distinct_turns(hflip: bool, vflip: bool, rotate: bool) -> list[Turn]:
                 laid = turn.apply(torch.arange(4).view(2, 2))
                 found.setdefault(laid.numpy().tobytes(), turn)
     return list(found.values())
+
+
+def first_turns(count: int, hflip: bool, vflip: bool, rotate: bool) -> list[list[int]]:
+    """The first of the distinct turns, as a manifest has them.
+
+    >>> first_turns(3, hflip=True, vflip=True, rotate=True)
+    [[False, False, 0], [True, False, 0], [False, True, 0]]
+    """
+    return [list(astuple(turn)) for turn in distinct_turns(hflip, vflip, rotate)[:count]]
