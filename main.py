@@ -144,6 +144,7 @@ def prepare(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
     log.info(f"prepare: {spec.name}, blocks {list(spec.layers)}, mean {list(spec.image_mean)}")
     log.info(f"prepare: {sources.reading.line()}")
     manifest, section = describe_cache(config, sources, backbone, device), config.prepare
+    backbone.to(device).compute_in(manifest.precision)
     if config.dataset.cache == "auto":
         manifest = settle_cache(
             manifest, section.processed_dir, backbone, device, section.batch_size,
@@ -204,6 +205,7 @@ def live_features(
     )
     backbone = build_backbone(config.model, spec, HALF[manifest.feature_dtype]).to(device)
     require_backbone(config.train.processed_dir, manifest, backbone)
+    backbone.compute_in(manifest.precision)
     log.info(f"train: tiles are cached without features; {spec.name} runs in every step")
     rounded = rounding(manifest.feature_dtype)
     return lambda image: rounded(backbone.encode(image))
@@ -237,6 +239,7 @@ def inference(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
     )
     load_weights(head, checkpoint, path)
     segmenter = Segmenter(backbone, head, rounding(checkpoint.feature_dtype)).eval().to(device)
+    segmenter.compute_in(precision)
     trained = trained_as(checkpoint, path, section, precision)
     predict_scenes(section, scenes, segmenter, trained, device, log)
 

@@ -23,6 +23,7 @@ from benchmarks.scenes import UTM, waves, write_labels, write_scene
 from config import Config, Prepare, load_config
 from models import build_head
 from models.backbone import (
+    PRECISIONS,
     BackboneSpec,
     DinoBackbone,
     Normalize,
@@ -149,9 +150,9 @@ def backbone_of(config: Config) -> DinoBackbone:
     return build_backbone(config.model, describe_backbone(config.model))
 
 
-def encode_of(config: Config, backbone: DinoBackbone) -> Pixels:
-    """Pixels on the CPU to feature maps, as prepare is given it."""
-    return encode_on(Runtime().device(config.prepare.device), backbone)
+def encode_of(config: Config, manifest: Manifest, backbone: DinoBackbone) -> Pixels:
+    """Pixels in memory to what is cached of them, as prepare is given it."""
+    return encode_on(Runtime().device(config.prepare.device), manifest, backbone)
 
 
 def null_encode(spec: BackboneSpec, section: Prepare) -> Pixels:
@@ -159,20 +160,23 @@ def null_encode(spec: BackboneSpec, section: Prepare) -> Pixels:
     batch, cells = section.batch_size, section.tile_size // spec.patch_size
     made = torch.Generator().manual_seed(0)
     shape, device = (batch, spec.channels, cells, cells), Runtime().device(section.device)
-    maps = [torch.randn(shape, generator=made).half().to(device) for _ in spec.layers]
-    return lambda pixels: [level[: len(pixels)] for level in maps]
+    maps = [
+        torch.randn(shape, generator=made).half().to(device, memory_format=torch.channels_last)
+        for _ in spec.layers
+    ]
+    return lambda images: {"features": [level[: len(images)] for level in maps]}
 
 
 def run_prepare(config: Config, backbone: DinoBackbone | None = None) -> Spent:
     """Make the cache anew; without a backbone its features are constants."""
     shutil.rmtree(config.prepare.processed_dir, ignore_errors=True)
     known = backbone or NoBackbone(describe_backbone(config.model))
+    sources = find_sources(config)
+    manifest = describe_cache(config, sources, known, Runtime().device(config.prepare.device))
     if backbone is None:
         encode = Watched(null_encode(known.spec, config.prepare))
     else:
-        encode = Watched(encode_of(config, backbone))
-    sources = find_sources(config)
-    manifest = describe_cache(config, sources, known, Runtime().device(config.prepare.device))
+        encode = Watched(encode_of(config, manifest, backbone))
     seed = config.resources.seed
     prepare(config.prepare, sources, manifest, encode, seed, Runtime(), silent())
     return encode.spent()
@@ -197,8 +201,12 @@ def cache_files(config: Config) -> tuple[list[int], BackboneSpec]:
 
 def dtype_of(config: Config) -> torch.dtype:
     """What models compute in."""
-    name = precision_of(Runtime().device(config.prepare.device))
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    return PRECISIONS[precision_in(config)]
+
+
+def precision_in(config: Config) -> str:
+    """The name of what models compute in."""
+    return precision_of(config.resources.precision, Runtime().device(config.prepare.device))
 
 
 @torch.no_grad()  # in inference mode torch.compile would refuse it
@@ -220,7 +228,8 @@ def segmenter_of(config: Config, backbone: DinoBackbone) -> Segmenter:
     head = build_head(
         section.head, spec.channels, len(spec.layers), section.num_classes, len(spec.image_mean)
     )
-    return Segmenter(backbone, head).eval().to(Runtime().device(config.inference.device))
+    segmenter = Segmenter(backbone, head).eval().to(Runtime().device(config.inference.device))
+    return segmenter.compute_in(precision_in(config))
 
 
 @lru_cache(maxsize=1)
@@ -242,14 +251,15 @@ def run_inference(config: Config, segmenter: Segmenter | None = None) -> Spent:
     else:
         segment = Watched(segmenter)
     scenes, _ = find_scenes(section.input_tif, "inference.input_tif")
-    trained = Trained(default_legend(classes), Reading(), None, {})
+    trained = Trained(default_legend(classes), Reading(), None, {}, precision_in(config))
     predict_scenes(section, scenes, segment, trained, device, silent())
     return segment.spent()
 
 
 def bare_segment(config: Config, segmenter: Segmenter, pixels: Tensor) -> None:
     """Backbone and head on a batch and nothing else."""
-    with torch.inference_mode(), autocast(Runtime().device(config.inference.device)):
+    device = Runtime().device(config.inference.device)
+    with torch.inference_mode(), autocast(device, precision_in(config)):
         segmenter(pixels)
 
 

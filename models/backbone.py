@@ -21,6 +21,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # LVD-1689M checkpoin
 SAT493M = ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))  # SAT-493M checkpoints
 UNUSABLE = (OSError, ValueError, TypeError, LookupError, ArithmeticError)  # what odd files raise
 SHAPING = ("num_attention_heads", "rope_theta", "layer_norm_eps", "hidden_act", "use_gated_mlp")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GATED = "https://huggingface.co/{name}"
 
 
@@ -98,6 +99,15 @@ class DinoBackbone(nn.Module):
         """Stay in evaluation mode whatever the parent does: training would jitter the RoPE."""
         return super().train(False)
 
+    def compute_in(self, precision: str) -> "DinoBackbone":
+        """Compute in fp32 or bf16: weights and activations, as `from_pretrained(dtype=...)` has it.
+
+        The angles of the rotary positions stay exact.
+        """
+        for part in (self.embeddings, self.blocks, self.norm):
+            part.to(PRECISIONS[precision])
+        return self
+
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """Feature maps of (B, bands, H, W) pixels in 0..255, sides multiples of the patch size."""
         return self.encode(self.normalize(pixels))
@@ -111,7 +121,11 @@ class DinoBackbone(nn.Module):
             raise ValueError(
                 f"tile of {tuple(image.shape[-2:])} pixels, must be multiples of {patch}"
             )
-        seen = image[:, list(self.spec.rgb)]
+        seen = image[:, list(self.spec.rgb)].to(self.norm.weight.dtype)
+        with torch.autocast(image.device.type, enabled=False):  # the weights say in what to compute
+            return self._maps(seen, rows, cols)
+
+    def _maps(self, seen: Tensor, rows: int, cols: int) -> list[Tensor]:
         tokens = self.embeddings(seen)
         positions = self.rope(seen)
         maps = []

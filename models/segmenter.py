@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from models.backbone import DinoBackbone
 from models.base import SegmentationHead
+
+PRODUCTS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)  # what autocast computes in bf16
 
 
 class Segmenter(nn.Module):
@@ -35,6 +38,15 @@ class Segmenter(nn.Module):
         self.backbone = backbone
         self.head = head
         self.rounding = rounding
+
+    def compute_in(self, precision: str) -> "Segmenter":
+        """Compute in fp32, or bf16: the head's weights are rounded once, not by each autocast."""
+        self.backbone.compute_in(precision)
+        if precision == "bf16":
+            for module in self.head.modules():
+                if isinstance(module, PRODUCTS):
+                    module.to(torch.bfloat16)
+        return self
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Probabilities of a batch of tiles."""

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from config import Config, ConfigError, Model
+from models import HEADS, build_head
 from models import backbone as module
 from models.backbone import (
     IMAGENET,
@@ -33,6 +34,7 @@ from models.backbone import (
     state_hash,
     write_random_backbone,
 )
+from models.segmenter import Segmenter
 
 SIZES = {
     "hidden_size": 32,
@@ -522,3 +524,50 @@ def test_an_unknown_model_offline_ends_the_program_with_one_line(tmp_path):
     assert "Traceback" not in done.stderr
     [line] = [line for line in done.stderr.splitlines() if "some/unknown-model" in line]
     assert line.startswith("[ERROR] some/unknown-model: not in the local Hugging Face cache")
+
+
+# ---- precision ----
+
+
+def relative_rms(found, wanted):
+    return float((found.float() - wanted.float()).square().mean().sqrt() / wanted.float().std())
+
+
+def test_features_in_bf16_are_those_in_fp32_to_a_few_per_cent_and_positions_stay_exact(
+    backbone, backbone_folder
+):
+    section = Model(backbone=str(backbone_folder), layers=[1, 3], num_classes=3)
+    rounded = build_backbone(section, describe_backbone(section)).compute_in("bf16")
+    pixels = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    with torch.inference_mode():
+        wanted, found = backbone(pixels), rounded(pixels)
+        with torch.autocast("cpu", torch.bfloat16):
+            again = rounded(pixels)
+    assert [level.dtype for level in found] == [torch.float16] * 2
+    assert all(0 < relative_rms(a, b) < 0.05 for a, b in zip(found, wanted, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    assert rounded.rope.inv_freq.dtype == torch.float32
+    assert torch.equal(rounded.rope.inv_freq, backbone.rope.inv_freq)
+    assert rounded.weights_hash == backbone.weights_hash
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_whose_weights_are_rounded_once_answers_as_under_autocast_bit_for_bit(
+    name, backbone_folder
+):
+    section = Model(backbone=str(backbone_folder), num_classes=3)
+    answers = []
+    for once in (False, True):
+        torch.manual_seed(0)
+        backbone = build_backbone(section, describe_backbone(section))
+        head = build_head(name, backbone.spec.channels, len(backbone.spec.layers), 3)
+        segmenter = Segmenter(backbone, head).eval()
+        if once:
+            segmenter.compute_in("bf16")
+        else:
+            backbone.compute_in("bf16")
+        torch.manual_seed(1)
+        pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            answers.append(segmenter(pixels))
+    assert torch.equal(*answers)

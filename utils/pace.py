@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from utils.cache import Manifest, load_tile, tile_path, write_tile
-from utils.distributed import Runtime, autocast
+from utils.distributed import Runtime
 from utils.logging import VerbosityLogger
 from utils.quantize import as_cached
 
@@ -118,7 +118,7 @@ def measure(
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
 
     def forward() -> list[Tensor]:
-        with torch.inference_mode(), autocast(device, manifest.precision):
+        with torch.inference_mode():
             levels = backbone(pixels.to(device))
         float(levels[-1].sum())  # the device is done
         return levels

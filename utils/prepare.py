@@ -29,7 +29,7 @@ from utils.cache import (
     write_manifest,
     write_tile,
 )
-from utils.distributed import Runtime, autocast, most_at_once, precision_of, upload
+from utils.distributed import Runtime, most_at_once, precision_of, upload
 from utils.label_values import LabelRules, label_rules
 from utils.labels import (
     Labels,
@@ -245,11 +245,12 @@ def encode_on(device: torch.device, wanted: Manifest, backbone: torch.nn.Module)
     """
     if wanted.cache == "tiles":
         return lambda images: {}
-    backbone, turns = backbone.to(device), [Turn(*view) for view in wanted.views]
+    backbone = backbone.to(device).compute_in(wanted.precision)
+    turns = [Turn(*view) for view in wanted.views]
 
     def encode(images: np.ndarray) -> Mapping[str, Sequence[Tensor]]:
         groups = upload(images, device).split(most_at_once(device) or len(images))
-        with torch.inference_mode(), autocast(device, wanted.precision):
+        with torch.inference_mode():
             parts = [
                 [level for turn in turns for level in backbone(turn.apply(group))]
                 for group in groups
