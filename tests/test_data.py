@@ -480,7 +480,7 @@ def break_kind(path: Path) -> None:
 
 
 def break_shape(path: Path) -> None:
-    torch.save(load_tile(path) | {"features": [torch.zeros(2, 4, 2).half()] * LEVELS}, path)
+    torch.save(load_tile(path) | {"features": torch.zeros(LEVELS, 2, 4, 2).half()}, path)
 
 
 def break_type(path: Path) -> None:

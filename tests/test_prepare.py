@@ -161,7 +161,7 @@ def test_the_cache_holds_what_the_backbone_says_of_the_pixels(project, batch_siz
 def test_files_are_small_and_their_tensors_plain(prepared):
     for path in prepared.cache.glob("*.pt"):
         stored = load_tile(path)
-        parts = [stored["image"], stored["label"], *stored["features"]]
+        parts = [stored["image"], stored["label"], stored["features"]]
         for part in parts:
             assert type(part) is torch.Tensor
             assert not part.requires_grad

@@ -1,9 +1,9 @@
 """The tile cache on disk: what it is (manifest.json) and one `.pt` file per tile.
 
 A tile's file holds `{image, features, label}`: image (bands, S, S) uint8 as read and scaled,
-features a list of (channels, S/16, S/16) maps in channels-last memory, level by level of one view
-after the other, label (S, S) class ids; with int8 features also `scales`, (2, channels) float32 for
-each map. A cache of tiles holds image and label only, and training computes the features. The
+features (maps, channels, S/16, S/16) in channels-last memory, level by level of one view after the
+other, label (S, S) class ids; with int8 features also `scales` (maps, 2, channels) float32. A cache
+of tiles holds image and label only, and training computes the features. The
 manifest says how they were made; a cache made in another way is refused, not mixed.
 """
 
@@ -243,13 +243,11 @@ def write_tile(
     scales: Sequence[Tensor] = (),
 ) -> None:
     """Write one tile's file: copies of what is given, under a temporary name, then renamed."""
-    content = {
-        "image": image.clone(),
-        "features": [stored_map(level) for level in features],
-        "label": label.clone(),
-        "scales": [each.cpu().clone() for each in scales],
-    }
-    content = {part: value for part, value in content.items() if len(value)}
+    content = {"image": image.clone(), "label": label.clone()}
+    if features:
+        content["features"] = stored_maps(features)
+    if scales:
+        content["scales"] = torch.stack(list(scales)).cpu()
     temporary = folder / f".{name}.{os.getpid()}.tmp"
     try:
         torch.save(content, temporary)
@@ -258,14 +256,13 @@ def write_tile(
         temporary.unlink(missing_ok=True)
 
 
-def stored_map(level: Tensor) -> Tensor:
-    """A copy of a map as files hold it: on the CPU, with a cell's channels side by side.
+def stored_maps(levels: Sequence[Tensor]) -> Tensor:
+    """Maps as files hold them: one tensor on the CPU, with a cell's channels side by side.
 
-    >>> stored_map(torch.zeros(384, 32, 32)).stride()
-    (1, 12288, 384)
+    >>> stored_maps([torch.zeros(384, 32, 32)] * 4).stride()
+    (393216, 1, 12288, 384)
     """
-    cells = level.detach().cpu().permute(1, 2, 0)
-    return cells.clone(memory_format=torch.contiguous_format).permute(2, 0, 1)
+    return torch.stack([level.cpu().permute(1, 2, 0) for level in levels]).permute(0, 3, 1, 2)
 
 
 def load_tile(path: Path, mmap: bool = False, content: bytes | None = None) -> dict[str, Any]:
@@ -320,21 +317,14 @@ def check_shapes(name: str, content: Any, manifest: Manifest) -> None:
     size, cells = manifest.tile_size, manifest.tile_size // manifest.patch_size
     _check_tensor(name, "image", content["image"], (len(manifest.bands), size, size), torch.uint8)
     _check_tensor(name, "label", content["label"], (size, size), manifest.label_dtype)
-    maps = (manifest.channels, cells, cells), FEATURE_DTYPES[manifest.feature_dtype]
-    for part, kind in {"features": maps, "scales": ((2, manifest.channels), torch.float32)}.items():
+    maps = len(manifest.views) * len(manifest.layers)
+    kinds = {
+        "features": ((manifest.channels, cells, cells), FEATURE_DTYPES[manifest.feature_dtype]),
+        "scales": ((2, manifest.channels), torch.float32),
+    }
+    for part, (shape, dtype) in kinds.items():
         if part in content:
-            _check_list(name, part, content[part], manifest, kind)
-
-
-def _check_list(
-    name: str, part: str, found: Any, manifest: Manifest, kind: tuple[tuple[int, ...], torch.dtype]
-) -> None:
-    levels, views = len(manifest.layers), len(manifest.views)
-    if not isinstance(found, list) or len(found) != levels * views:
-        of_views = f" of {views} views" if views > 1 else ""
-        raise TileError(f"{name}: {part} are not a list of {levels} levels{of_views}")
-    for number, level in enumerate(found):
-        _check_tensor(name, f"{part}[{number}]", level, *kind)
+            _check_tensor(name, part, content[part], (maps, *shape), dtype)
 
 
 def _check_tensor(

@@ -56,7 +56,7 @@ def as_cached(levels: Sequence[Tensor], feature_dtype: str) -> dict[str, Sequenc
 
 def restored(features: Sequence[Tensor], scales: Sequence[Tensor] = ()) -> list[Tensor]:
     """Cached maps as a head gets them; without scales they are so already."""
-    if not scales:
+    if len(scales) == 0:
         return list(features)
     return [dequantize(*pair) for pair in zip(features, scales, strict=True)]
 
