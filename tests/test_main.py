@@ -488,7 +488,7 @@ def test_a_signal_in_the_middle_of_training_is_75_and_no_traceback(copy, number,
     assert [line for line in lines if line.startswith("[ERROR]")][1:] == [
         "[ERROR] stopped by a signal; what is finished is kept, run it again to go on"
     ]
-    assert re.fullmatch(r"\[ERROR\] train: failed after [\d.]+ s", lines[-2])
+    assert re.fullmatch(r"\[ERROR\] train: stopped after [\d.]+ s", lines[-2])
     kept = sorted(path.name for path in (copy.parent / "stopped").iterdir())
     assert kept == ["linear_best.pth", "metrics.csv"]
 

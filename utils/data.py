@@ -36,6 +36,7 @@ from utils.cache import (
 from utils.distributed import Runtime
 from utils.footprints import footprints, write_sides
 from utils.logging import VerbosityLogger
+from utils.process import STOP, forget_signals
 from utils.sampling import balanced_order
 from utils.splits import Split, audit, split_by_blocks, split_by_lists, split_by_regions
 from utils.turns import Turn
@@ -87,6 +88,7 @@ def verify(folder: Path, workers: int, run: Runtime, log: VerbosityLogger) -> No
         found = check_all(partial(_fault, manifest=manifest), paths)
         work = log.progress(found, "verify", total=len(paths), unit="tile", every=50)
         for path, fault in zip(paths, work, strict=True):
+            STOP.check()
             if fault is not None:
                 path.unlink()
                 bad += 1
@@ -106,6 +108,12 @@ def _fault(path: Path, manifest: Manifest) -> str | None:
     return None
 
 
+def _start_worker(_: int) -> None:
+    """In a process that reads tiles: one thread, and the parent decides when it ends."""
+    forget_signals()
+    torch.set_num_threads(1)
+
+
 @contextmanager
 def _mapper(workers: int) -> Iterator[Callable[..., Iterator]]:
     """`map` over worker processes, or in this process where one is enough."""
@@ -113,7 +121,7 @@ def _mapper(workers: int) -> Iterator[Callable[..., Iterator]]:
         yield map
         return
     pool = ProcessPoolExecutor(
-        workers, get_context("fork"), initializer=torch.set_num_threads, initargs=(1,)
+        workers, get_context("fork"), initializer=_start_worker, initargs=(0,)
     )
     try:
         yield partial(pool.map, chunksize=4)
@@ -368,6 +376,7 @@ def make_loaders(
         "num_workers": section.num_workers,
         "persistent_workers": section.num_workers > 0,
         "pin_memory": torch.cuda.is_available(),
+        "worker_init_fn": _start_worker,
         "collate_fn": Collate(manifest.ignore_index),
     }
     return Loaders(

@@ -23,8 +23,9 @@ from utils.checkpoint import Checkpoint, plain_state, save_checkpoint
 from utils.data import Loaders, Sample
 from utils.distributed import Runtime, autocast
 from utils.losses import SegmentationLoss, balanced_weights
-from utils.metrics import Score, SegmentationMetrics
+from utils.metrics import Score, SegmentationMetrics, best_class
 from utils.optim import EarlyStopping, build_optimizer, build_schedule
+from utils.process import STOP, StoppedError
 from utils.quantize import restored
 from utils.tiling import batched
 
@@ -97,7 +98,9 @@ class Step:
     def __call__(self, window: list[Sample]) -> Tensor:
         """One optimizer step over micro-batches; their loss, ce, dice, aux × pixels, and pixels."""
         pixels = [self.loss.labelled(batch.label) for batch in window]
-        total = self.run.sum(torch.stack(pixels).sum()).clamp(min=1)
+        asked = torch.tensor(int(STOP.asked))  # on one rank is on all: they end after the same step
+        total, stopping = self.run.sum(torch.stack([torch.stack(pixels).sum(), asked])).tolist()
+        total = max(total, 1)
         sums = torch.zeros(5, dtype=torch.float64)
         self.optimizer.zero_grad(set_to_none=True)
         for number, (batch, count) in enumerate(zip(window, pixels, strict=True), start=1):
@@ -110,6 +113,8 @@ class Step:
         # not before every rank has had its last exchange: nobody is left waiting for a lost one
         require_finite(sums[0], "loss", window, self.schedule)
         self.update(window)
+        if stopping:
+            raise StoppedError
         return sums
 
     def forward(self, model: nn.Module, batch: Sample, score: Callable | None = None):
@@ -191,8 +196,9 @@ def evaluate(step: Step, batches: DataLoader, num_classes: int, ignore_index: in
     broken: list[str] = []
     for batch in batches:
         parts = step.forward(
-            model, batch, lambda logits, label: metrics.update(logits.argmax(1), label)
-        )
+            model, batch,
+            lambda logits, label: metrics.update(torch.stack(list(map(best_class, logits))), label),
+        )  # fmt: skip
         count = step.loss.labelled(batch.label).double()
         sums += torch.stack([parts.total.double().cpu() * count, count])
         broken += [] if torch.isfinite(parts.total) else batch.name

@@ -61,6 +61,24 @@ class Score:
         return lines
 
 
+def best_class(probabilities: Tensor) -> Tensor:
+    """The most probable class (height, width) of (K, height, width), of equal ones the first.
+
+    torch's argmax over the first axis takes one value at a time on a CPU.
+
+    >>> best_class(torch.tensor([[[0.2, 0.4]], [[0.5, 0.4]], [[0.3, 0.2]]])).tolist()
+    [[1, 0]]
+    """
+    if probabilities.device.type != "cpu":
+        return probabilities.argmax(0)
+    top = probabilities.amax(0)
+    dtype = torch.uint8 if len(probabilities) <= 256 else torch.int32
+    classes = torch.zeros(top.shape, dtype=dtype)
+    for number in reversed(range(len(probabilities))):
+        classes.masked_fill_(probabilities[number] == top, number)
+    return classes
+
+
 class SegmentationMetrics:
     """Accumulates `confusion` (K, K), int64: rows are labels, columns predictions.
 
