@@ -1,5 +1,7 @@
 """The registry of heads, by the names that `model.head` takes in the config."""
 
+import torch
+
 from models.base import SegmentationHead
 from models.linear import LinearHead
 from models.maskformer import MaskFormerHead
@@ -17,7 +19,7 @@ HEADS: dict[str, type[SegmentationHead]] = {
 def build_head(
     name: str, channels: int, levels: int, num_classes: int, image_channels: int = 3
 ) -> SegmentationHead:
-    """A new head for `levels` backbone maps of `channels` channels.
+    """A new head for `levels` backbone maps of `channels` channels, its kernels channels_last.
 
     >>> build_head("linear", channels=64, levels=4, num_classes=5).classifier.in_channels
     256
@@ -27,4 +29,5 @@ def build_head(
     """
     if name not in HEADS:
         raise ValueError(f"unknown head {name!r}: choose one of {', '.join(HEADS)}")
-    return HEADS[name](channels, levels, num_classes, image_channels)
+    head = HEADS[name](channels, levels, num_classes, image_channels)
+    return head.to(memory_format=torch.channels_last)

@@ -34,8 +34,9 @@ class SegmentationHead(nn.Module):
     """What all heads share; `decode` is theirs.
 
     `image` is (B, image_channels, H, W), normalised as for the backbone, with sides divisible by
-    16; `features` are `levels` maps (B, channels, H/16, W/16), shallow to deep, in any float type:
-    they are cast to the image's.
+    16; `features` are `levels` maps (B, channels, H/16, W/16), shallow to deep, in any float type.
+    Both are cast once, to what the head computes in: autocast's type, or else the image's. The
+    image's memory becomes channels_last, as a ViT's maps are, and what is made of it follows.
 
     >>> class FirstChannels(SegmentationHead):
     ...     def decode(self, image, features):
@@ -66,8 +67,9 @@ class SegmentationHead(nn.Module):
     def forward(self, image: Tensor, features: Sequence[Tensor]) -> HeadOutput:
         """Decode, then bring the logits and every auxiliary one to the image's size."""
         self._check(image, features)
-        logits, aux = self.decode(image, [level.to(image.dtype) for level in features])
-        size = image.shape[-2:]
+        size, dtype = image.shape[-2:], computed_in(image)
+        image = image.to(dtype).contiguous(memory_format=torch.channels_last)
+        logits, aux = self.decode(image, [level.to(dtype) for level in features])
         return HeadOutput(enlarge(logits, size), tuple(enlarge(each, size) for each in aux))
 
     def decode(self, image: Tensor, features: list[Tensor]) -> HeadOutput:
@@ -107,6 +109,19 @@ class SegmentationHead(nn.Module):
                 )
 
 
+def computed_in(image: Tensor) -> torch.dtype:
+    """Autocast's type where it is on for the image's device, or else the image's.
+
+    >>> with torch.autocast("cpu", torch.bfloat16):
+    ...     computed_in(torch.zeros(1, 3, 256, 256))
+    torch.bfloat16
+    """
+    device = image.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return image.dtype
+
+
 def enlarge(logits: Tensor, size: Sequence[int]) -> Tensor:
     """Logits in single precision at `size` (height, width), bilinear between cell centres.
 
@@ -115,4 +130,5 @@ def enlarge(logits: Tensor, size: Sequence[int]) -> Tensor:
     """
     if logits.shape[-2:] == torch.Size(size):
         return logits.float()
-    return F.interpolate(logits.float(), size=tuple(size), mode="bilinear", align_corners=False)
+    logits = logits.float().contiguous()  # few channels: planes resize faster than channels_last
+    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)

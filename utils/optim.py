@@ -28,7 +28,13 @@ DEFAULTS = {  # what a group of this kind has unless it says otherwise
         "ns_steps": 5,
         "transposed": False,  # weights of transposed convolutions: (in, out, height, width)
     },
-    "adamw": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0},
+    "adamw": {
+        "lr": 1e-3,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "fused": True,  # one kernel for all; torch then keeps `step` on the parameter's device
+    },
 }
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -37,8 +43,9 @@ def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
     """Nearly orthogonal versions of a batch (n, rows, cols) of matrices, in bfloat16.
 
     With M = U S Vᵀ the result is about U Vᵀ: most singular values end within 0.7..1.2. Each matrix
-    is normalised by its own norm, so its result does not depend on the rest of the batch and equals
-    that of torch.optim.Muon's loop (but for a last bit where batched kernels sum in another order).
+    is normalised by its own norm, so its result does not depend on the rest of the batch. Matrices
+    at least twice as long as wide take two steps at once (`two_steps`). Others equal the result of
+    torch.optim.Muon's loop (but for a last bit where batched kernels sum in another order).
 
     >>> small = torch.eye(16, 144) * 2**-9                     # a 3x3 kernel, 16 -> 16 channels
     >>> updates = newton_schulz(torch.stack([small, 1024 * small]))
@@ -53,11 +60,37 @@ def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
         wide = wide.mT
     norms = torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True)
     wide = wide / norms.clamp(min=EPS)
-    for _ in range(steps):
-        gram = wide @ wide.mT
-        update = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
-        wide = torch.baddbmm(wide, update, wide, beta=A)
+    pairs = steps // 2 if wide.size(-1) >= 2 * wide.size(-2) else 0
+    for _ in range(pairs):
+        wide = two_steps(wide)
+    for _ in range(steps - 2 * pairs):
+        wide = torch.baddbmm(wide, beyond_linear(wide @ wide.mT), wide, beta=A)
     return wide.mT if tall else wide
+
+
+def two_steps(wide: Tensor) -> Tensor:
+    """Two Newton-Schulz steps of matrices X (n, rows, cols) with two products as long as X, not 4.
+
+    Polynomials of the Gram matrix G = X Xᵀ commute, so both steps can be made on it: a step
+    P = a + b G + c G² turns X into P X and G into P G P (Gram Newton-Schulz, Dao-AILab 2026). G is
+    then made anew: what bfloat16 rounds off it is no longer positive, and grows twelvefold a step
+    where a matrix of low rank has nothing.
+    """
+    gram = wide @ wide.mT
+    first = beyond_linear(gram)
+    half = torch.baddbmm(gram, first, gram, beta=A)  # P₁ G
+    second = beyond_linear(torch.baddbmm(half, half, first, beta=A))  # of P₁ G P₁
+    first.diagonal(dim1=-2, dim2=-1).add_(A)  # P₁: where it is about 0.7, a bfloat16 is finest
+    return torch.baddbmm(first, second, first, beta=A) @ wide
+
+
+def beyond_linear(gram: Tensor) -> Tensor:
+    """b G + c G² of Gram matrices G: with a on its diagonal it makes one step on X.
+
+    >>> beyond_linear(torch.eye(4)[None])[0, 0].round(decimals=4)                # b + c
+    tensor([-2.7435,  0.0000,  0.0000,  0.0000])
+    """
+    return torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
 
 
 def as_matrix(gradient: Tensor, transposed: bool = False) -> Tensor:
@@ -83,12 +116,25 @@ def from_matrix(matrix: Tensor, shape: torch.Size, transposed: bool = False) -> 
     return matrix.reshape(shape[1], shape[0], *shape[2:]).transpose(0, 1)
 
 
+def laid_as(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """The same values in the parameter's memory layout: fused kernels read both as flat arrays.
+
+    >>> kernel = torch.zeros(8, 3, 4, 4).to(memory_format=torch.channels_last)
+    >>> laid_as(torch.ones(8, 3, 4, 4), kernel).stride() == kernel.stride()
+    True
+    """
+    if tensor.stride() == parameter.stride():
+        return tensor
+    return torch.empty_like(parameter).copy_(tensor)
+
+
 class Muon(torch.optim.Optimizer):
     """Muon and AdamW side by side: each param group says which by `kind`.
 
     Equals torch.optim.Muon (adjust_lr_fn="original": the rate of a matrix is
     lr * sqrt(max(1, rows / cols))) and torch.optim.AdamW, but takes convolution kernels as well and
     orthogonalises matrices of the same shape as one batch. Weight decay is decoupled in both kinds.
+    AdamW is torch's fused one, on every device.
 
     >>> kernel, bias = nn.Parameter(torch.zeros(64, 32, 3, 3)), nn.Parameter(torch.zeros(64))
     >>> groups = [{"kind": "muon", "params": [kernel]}, {"kind": "adamw", "params": [bias]}]
@@ -152,20 +198,20 @@ class Muon(torch.optim.Optimizer):
 
     def _adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for parameter in parameters:
-            if not self.state[parameter]:
-                self.state[parameter].update(
-                    step=torch.zeros(()),
-                    exp_avg=torch.zeros_like(parameter),
-                    exp_avg_sq=torch.zeros_like(parameter),
-                )
+            state = self.state[parameter]
+            state.setdefault("step", torch.zeros((), device=parameter.device))
+            for name in ("exp_avg", "exp_avg_sq"):
+                average = state[name] if name in state else torch.zeros_like(parameter)
+                state[name] = laid_as(average, parameter)
         states = [self.state[p] for p in parameters]
         adamw(
             parameters,
-            [p.grad for p in parameters],
+            [laid_as(p.grad, p) for p in parameters],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
+            fused=group["fused"],
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
