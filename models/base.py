@@ -69,7 +69,7 @@ class SegmentationHead(nn.Module):
         self._check(image, features)
         size, dtype = image.shape[-2:], computed_in(image)
         image = image.to(dtype).contiguous(memory_format=torch.channels_last)
-        logits, aux = self.decode(image, [level.to(dtype) for level in features])
+        logits, aux = self.decode(image, [cast(level, dtype) for level in features])
         return HeadOutput(enlarge(logits, size), tuple(enlarge(each, size) for each in aux))
 
     def decode(self, image: Tensor, features: list[Tensor]) -> HeadOutput:
@@ -120,6 +120,15 @@ def computed_in(image: Tensor) -> torch.dtype:
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return image.dtype
+
+
+def cast(level: Tensor, dtype: torch.dtype) -> Tensor:
+    """A map in another type; half precision by way of single, which CPUs convert faster.
+
+    >>> cast(torch.ones(1, 64, 16, 16, dtype=torch.half), torch.bfloat16).dtype
+    torch.bfloat16
+    """
+    return (level.float() if level.dtype == torch.half else level).to(dtype)
 
 
 def enlarge(logits: Tensor, size: Sequence[int]) -> Tensor:

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import HEADS, build_head
-from models.base import HeadOutput, SegmentationHead
+from models.base import HeadOutput, SegmentationHead, enlarge
 from models.blocks import EDGE_TYPES, Classifier, PixelConv
 from models.maskformer import log_scores
 from models.unet_v2 import routes
@@ -166,16 +168,86 @@ def test_autocast_still_gives_single_precision_logits(name):
     assert all(logits.isfinite().all() for logits in all_logits(output))
 
 
+def in_nchw(head: SegmentationHead, image: Tensor, features: list[Tensor]) -> list[Tensor]:
+    """What the head gives without its changes of layout and type."""
+    assert all(level.is_contiguous() for level in [image, *features])
+    return [enlarge(each, image.shape[-2:]) for each in all_logits(head.decode(image, features))]
+
+
+def gradients(head: SegmentationHead, outputs: list[Tensor], seed: int = 3) -> dict[str, Tensor]:
+    """Gradients of a random weighting of all logits."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(logits.shape, generator=generator) for logits in outputs]
+    head.zero_grad()
+    sum(
+        (logits * weight).mean() for logits, weight in zip(outputs, weights, strict=True)
+    ).backward()
+    return {key: parameter.grad for key, parameter in head.named_parameters()}
+
+
 @heads
-def test_channels_last_changes_nothing(name):
-    head = make_head(name).eval()
+def test_channels_last_changes_neither_logits_nor_gradients(name):
+    head = make_head(name)
+    plain = make_head(name).to(memory_format=torch.contiguous_format)
+    plain.load_state_dict(head.state_dict())
     image, features = make_inputs((80, 112))
-    expected = head(image, features).logits
-    last = torch.channels_last
-    found = head.to(memory_format=last)(
-        image.to(memory_format=last), [level.to(memory_format=last) for level in features]
-    ).logits
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    found, wanted = all_logits(head(image, features)), in_nchw(plain, image, features)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    wanted = gradients(plain, wanted)
+    for key, gradient in gradients(head, found).items():
+        torch.testing.assert_close(gradient, wanted[key], rtol=1e-3, atol=1e-4, msg=key)
+
+
+@heads
+def test_everything_in_a_head_is_channels_last(name):
+    head, seen = make_head(name), []
+
+    def look(module, given, result):
+        maps = [each for each in (*given, result) if isinstance(each, Tensor) and each.ndim == 4]
+        last = [each.is_contiguous(memory_format=torch.channels_last) for each in maps]
+        seen.append((type(module).__name__, all(last)))
+
+    kernels = [kernel for kernel in head.parameters() if kernel.ndim == 4]
+    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in kernels)
+    for module in head.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.ConvTranspose2d, torch.nn.GroupNorm)):
+            module.register_forward_hook(look)
+    image, features = make_inputs((80, 112))
+    head(image, [level.to(memory_format=torch.channels_last) for level in features])
+    assert seen
+    assert [kind for kind, last in seen if not last] == []
+
+
+@heads
+def test_features_reach_the_head_in_autocasts_type_and_are_cast_once(name):
+    head, given = make_head(name), []
+    decode = head.decode
+    head.decode = lambda image, features: (
+        given.extend([image, *features]) or decode(image, features)
+    )
+    image, features = make_inputs((32, 48))
+    half = [level.half() for level in features]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head(image, half).logits
+        rounded = [level.half().float() for level in features]
+        torch.testing.assert_close(found, head(image, rounded).logits, rtol=0, atol=0)
+    assert {each.dtype for each in given} == {torch.bfloat16}
+
+
+@heads
+@pytest.mark.filterwarnings("error:Grad strides do not match bucket view strides")
+def test_gradients_are_the_same_under_ddp(name, tmp_path):
+    head, inputs = make_head(name), make_inputs((32, 48))
+    wanted = {key: each.clone() for key, each in gradients(head, all_logits(head(*inputs))).items()}
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(head)
+        found = gradients(head, all_logits(model(*inputs)))
+    finally:
+        dist.destroy_process_group()
+    for key, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted[key], rtol=1e-4, atol=1e-5, msg=key)
 
 
 @pytest.mark.parametrize("name", LOOKS_AT_PIXELS)
