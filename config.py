@@ -335,6 +335,12 @@ class Train(Section):
     weights_dir: FilePath = Field(Path("weights"), description="of checkpoints and metrics.csv")
     device: Device = Field("auto", description="auto, cpu, cuda or cuda:N")
     batch_size: Count = Field(4, description="tiles per step and process")
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto: go on where an ended run came to; never: start anew"
+    )
+    checkpoint_minutes: Rate = Field(
+        10.0, description="of training after which its state is kept, beside after each epoch"
+    )
     epochs: Count = Field(30, description="passes over the training tiles, at most")
     muon_lr: Rate = Field(0.02, description="highest rate of Muon (hidden matrices and kernels)")
     adamw_lr: Rate = Field(0.001, description="highest rate of AdamW (all other parameters)")

@@ -171,6 +171,7 @@ def train(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
     from utils.data import load_split, make_loaders
     from utils.distributed import device_reason
     from utils.engine import best_path, fit, keep_best
+    from utils.resume import Resume, identity_of, last_path
 
     section, name, seed = config.train, config.model.head, config.resources.seed
     manifest, split = load_split(section, config.dataset.splits, seed, run, log)
@@ -188,7 +189,14 @@ def train(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
     log.info(f"train: {name}, {sum(p.numel() for p in head.parameters()) / 1e6:.2f} M parameters")
     normalize = Normalize(manifest.image_mean, manifest.image_std)
     save = keep_best(best_path(section.weights_dir, name), name, manifest, to_yaml(config))
-    best = fit(head, normalize, loaders, section, manifest, run, device, save, log, encode)
+    identity = identity_of(
+        name, section, manifest, config.dataset.augmentations, seed, split.train, split.val,
+        run.world_size,
+    )  # fmt: skip
+    resume = Resume(last_path(section.weights_dir, name), identity, section.resume == "never")
+    best = fit(
+        head, normalize, loaders, section, manifest, run, device, save, log, encode, resume
+    )
     log.info(f"best validation mIoU {best.score.miou:.4f} in epoch {best.epoch}: {best.path}")
 
 

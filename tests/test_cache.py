@@ -104,8 +104,8 @@ def test_a_file_is_hardly_larger_than_its_tensors(tmp_path):
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 def test_a_write_that_is_cut_short_leaves_no_tile(tmp_path, monkeypatch, error):
-    def save(_, path):
-        Path(path).write_bytes(b"half")
+    def save(_, file):
+        file.write(b"half")
         raise error
 
     monkeypatch.setattr(torch, "save", save)
@@ -117,8 +117,8 @@ def test_a_write_that_is_cut_short_leaves_no_tile(tmp_path, monkeypatch, error):
 def test_an_older_tile_stays_until_the_new_one_is_whole(tile, monkeypatch):
     before = tile.read_bytes()
 
-    def save(_, path):
-        Path(path).write_bytes(b"half")
+    def save(_, file):
+        file.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", save)

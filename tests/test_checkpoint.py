@@ -186,8 +186,8 @@ def test_a_missing_checkpoint_says_what_to_do(tmp_path):
 def test_a_save_that_is_cut_short_leaves_the_older_checkpoint(path, monkeypatch, error):
     before = path.read_bytes()
 
-    def save(_, target):
-        Path(target).write_bytes(b"half")
+    def save(_, file):
+        file.write(b"half")
         raise error
 
     monkeypatch.setattr(torch, "save", save)

@@ -87,6 +87,8 @@ OURS = {
     "prepare.min_labeled": 0.0,
     "prepare.background_keep": 1.0,
     "verify.processed_dir": None,
+    "train.resume": "auto",
+    "train.checkpoint_minutes": 10.0,
     "train.weight_decay": 0.01,
     "train.clip_grad": 1.0,
     "train.sampler": "uniform",

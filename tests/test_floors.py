@@ -8,10 +8,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
+    {"utils.artefacts"},
     {
         "utils.strict_yaml", "utils.key_rules", "utils.tiling", "utils.cache", "utils.sampling",
         "utils.losses", "utils.metrics", "utils.optim", "utils.logging", "utils.landscape",
-        "utils.turns", "utils.streaming", "utils.quantize", "utils.artefacts", "models.blocks",
+        "utils.turns", "utils.streaming", "utils.quantize", "models.blocks",
     },
     {
         "utils.key_faults", "utils.journal", "utils.raster", "utils.footprints", "utils.blending",
@@ -27,7 +28,7 @@ FLOORS = [
     },
     {
         "utils.labels", "utils.data", "utils.checkpoint", "utils.polygons", "utils.products",
-        "utils.pace", "models.segmenter",
+        "utils.pace", "utils.resume", "models.segmenter",
     },
     {"utils.prepare", "utils.engine", "utils.inference"},
     {"main", "utils.demo"},
@@ -51,8 +52,8 @@ DOORS = {
     "tqdm": {"utils.logging"},
 }  # fmt: skip
 CALLS = {
-    "torch.save": {"utils.cache", "utils.checkpoint"},
-    "torch.load": {"utils.cache", "utils.checkpoint"},
+    "torch.save": {"utils.cache", "utils.checkpoint", "utils.resume"},
+    "torch.load": {"utils.cache", "utils.checkpoint", "utils.resume"},
     "print": {"utils.logging"},
 }
 FILES = {

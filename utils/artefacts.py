@@ -8,12 +8,14 @@ told by its name, and swept by the next run.
 
 import contextlib
 import errno
+import io
 import os
 import re
 import secrets
 import shutil
 import socket
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -85,6 +87,20 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def checked_zip(stored: bytes) -> io.BytesIO:
+    """A zip archive's bytes (torch.save writes one) as a file, after every member met its checksum.
+
+    Raises what zipfile raises on damage, and ValueError where a checksum is wrong.
+    """
+    file = io.BytesIO(stored)
+    with zipfile.ZipFile(file) as archive:
+        broken = archive.testzip()
+    if broken is not None:
+        raise ValueError(f"checksum of {broken} is wrong")
+    file.seek(0)
+    return file
 
 
 def sweep(folder: Path) -> int:

@@ -10,7 +10,6 @@ manifest says how they were made; a cache made in another way is refused, not mi
 import errno
 import io
 import json
-import os
 import pickle
 import struct
 import zipfile
@@ -22,6 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from utils.artefacts import checked_zip, write_artefact
 
 MANIFEST = "manifest.json"
 FORMAT = 3
@@ -146,10 +147,9 @@ KEYS = {
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
-    """Write manifest.json under a temporary name, then rename it."""
-    temporary = folder / f".{MANIFEST}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
-    temporary.replace(folder / MANIFEST)
+    """Write manifest.json."""
+    text = json.dumps(asdict(manifest), indent=2)
+    write_artefact(folder / MANIFEST, f"{text}\n".encode())
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -242,18 +242,13 @@ def write_tile(
     features: Sequence[Tensor] = (),
     scales: Sequence[Tensor] = (),
 ) -> None:
-    """Write one tile's file: copies of what is given, under a temporary name, then renamed."""
+    """Write one tile's file: copies of what is given."""
     content = {"image": image.clone(), "label": label.clone()}
     if features:
         content["features"] = stored_maps(features)
     if scales:
         content["scales"] = torch.stack(list(scales)).cpu()
-    temporary = folder / f".{name}.{os.getpid()}.tmp"
-    try:
-        torch.save(content, temporary)
-        temporary.replace(tile_path(folder, name))
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_artefact(tile_path(folder, name), lambda file: torch.save(content, file))
 
 
 def stored_maps(levels: Sequence[Tensor]) -> Tensor:
@@ -288,12 +283,9 @@ def check_tile(path: Path, manifest: Manifest) -> None:
     """Raise TileError where a tile's file is not exactly what the manifest promises."""
     stored = path.read_bytes()  # what fails from here on is the content's fault, not the disk's
     try:
-        with zipfile.ZipFile(io.BytesIO(stored)) as archive:
-            broken = archive.testzip()
+        checked_zip(stored)
     except DAMAGE as error:
         raise TileError(f"{path.name}: not a whole file ({error})") from error
-    if broken is not None:
-        raise TileError(f"{path.name}: checksum of {broken} is wrong")
     content = load_tile(path, content=stored)
     check_layout(path.name, content, manifest)
     for part in ("features", "scales"):

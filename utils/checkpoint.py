@@ -4,8 +4,6 @@ A file holds plain tensors, numbers, strings, lists and dicts only, and is read 
 `weights_only=True`, so that loading one never runs code.
 """
 
-import io
-import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from config import Config, Dataset
+from utils.artefacts import checked_zip, write_artefact
 from utils.cache import DAMAGE, KEYS, CacheError, Manifest, seen_bands, short
 from utils.distributed import has_bf16
 from utils.logging import VerbosityLogger
@@ -74,15 +73,9 @@ class Checkpoint:
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
-    """Write under a temporary name in the same folder, then rename: never half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write a checkpoint's file."""
     content = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
-    try:
-        torch.save({"format": FORMAT, **content}, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_artefact(path, lambda file: torch.save({"format": FORMAT, **content}, file))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -91,9 +84,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path}: no such checkpoint; train first, or set inference.checkpoint to one"
         )
-    stored = io.BytesIO(path.read_bytes())  # what fails from here on is the content's fault
+    stored = path.read_bytes()  # what fails from here on is the content's fault
     try:
-        content = torch.load(stored, map_location="cpu", weights_only=True)
+        content = torch.load(checked_zip(stored), map_location="cpu", weights_only=True)
     except DAMAGE as error:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{path}: damaged, or not a checkpoint ({reason})") from error

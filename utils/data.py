@@ -310,14 +310,15 @@ class EpochSampler(Sampler[int]):
     ) -> None:
         self.order, self.length, self.tiles = order, length, tiles
         self.rank, self.world_size = rank, world_size
-        self.epoch = 0
+        self.epoch = self.skipped = 0  # skipped: of this rank's indices, those done before
 
     def __len__(self) -> int:
         return -(-self.length // self.world_size)
 
     def __iter__(self) -> Iterator[int]:
         order = self.order(self.epoch)
-        for step in range(self.rank, len(self) * self.world_size, self.world_size):
+        first = self.rank + self.skipped * self.world_size
+        for step in range(first, len(self) * self.world_size, self.world_size):
             visit = self.epoch * self.length + step  # a tile drawn twice is not turned alike
             index = visit * self.tiles + order[step % self.length]
             yield index if step < self.length else -1 - index

@@ -9,8 +9,9 @@ import io
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +19,18 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from config import Train
+from utils.artefacts import write_artefact
 from utils.cache import Manifest
 from utils.checkpoint import Checkpoint, plain_state, save_checkpoint
 from utils.data import Loaders, Sample
 from utils.distributed import Runtime, autocast
+from utils.logging import VerbosityLogger
 from utils.losses import SegmentationLoss, balanced_weights
 from utils.metrics import Score, SegmentationMetrics, best_class
 from utils.optim import EarlyStopping, build_optimizer, build_schedule
 from utils.process import STOP, StoppedError
 from utils.quantize import restored
+from utils.resume import Progress, Resume
 from utils.tiling import batched
 
 Encode = Callable[[Tensor], list[Tensor]]
@@ -95,11 +99,32 @@ class Step:
         """The weights that validation judges and a checkpoint keeps."""
         return self.ema.module if self.ema else self.head
 
-    def __call__(self, window: list[Sample]) -> Tensor:
-        """One optimizer step over micro-batches; their loss, ce, dice, aux × pixels, and pixels."""
+    def state_dict(self) -> dict[str, Any]:
+        """All that learns, as it is now: tensors that the next step changes."""
+        return {
+            "head": self.head.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else {},
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+        }
+
+    def load_state_dict(self, parts: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self.head.load_state_dict(parts["head"])
+        if self.ema:
+            self.ema.load_state_dict(parts["ema"])
+        self.optimizer.load_state_dict(parts["optimizer"])
+        self.schedule.load_state_dict(parts["schedule"])
+
+    def __call__(self, window: list[Sample], save_due: bool = False) -> Tensor:
+        """One optimizer step over micro-batches; their loss, ce, dice, aux × pixels, and pixels.
+
+        What one rank is asked or finds due all do after the same step: `stopping`, `saving`.
+        """
         pixels = [self.loss.labelled(batch.label) for batch in window]
-        asked = torch.tensor(int(STOP.asked))  # on one rank is on all: they end after the same step
-        total, stopping = self.run.sum(torch.stack([torch.stack(pixels).sum(), asked])).tolist()
+        flags = [int(STOP.asked), int(save_due)]
+        counts = torch.tensor([int(torch.stack(pixels).sum()), *flags])
+        total, self.stopping, self.saving = self.run.sum(counts).tolist()
         total = max(total, 1)
         sums = torch.zeros(5, dtype=torch.float64)
         self.optimizer.zero_grad(set_to_none=True)
@@ -113,8 +138,6 @@ class Step:
         # not before every rank has had its last exchange: nobody is left waiting for a lost one
         require_finite(sums[0], "loss", window, self.schedule)
         self.update(window)
-        if stopping:
-            raise StoppedError
         return sums
 
     def forward(self, model: nn.Module, batch: Sample, score: Callable | None = None):
@@ -172,16 +195,68 @@ def ema_of(head: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(head, multi_avg_fn=average, use_buffers=False)
 
 
-def train_one_epoch(step: Step, batches: Iterable[Sample]) -> TrainLosses:
-    """Every training batch once; gradients of `train.grad_accum_steps` of them make a step."""
+class Keeper:
+    """Keeps progress: after each epoch, every so often, and where the run is asked to end.
+
+    resume: where; None keeps nothing. Only the first rank writes.
+    """
+
+    def __init__(
+        self, step: Step, stopping: EarlyStopping, resume: Resume | None, minutes: float
+    ) -> None:
+        self.step, self.stopping, self.resume, self.minutes = step, stopping, resume, minutes
+        self._kept = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        """Whether the last state is older than `train.checkpoint_minutes`; asked of rank 0."""
+        return self.step.run.is_main and time.monotonic() - self._kept > 60 * self.minutes
+
+    def find(self, log: VerbosityLogger) -> Progress:
+        """The progress of an earlier run, put in force, or that of a new one."""
+        run, found = self.step.run, None
+        if self.resume is not None and run.is_main:
+            found = self.resume.find(log)
+            if found is not None and found.best and not Path(found.best["path"]).exists():
+                log.warning(f"{found.best['path']}: is gone, so training starts anew")
+                found = None
+        found = run.agree(found)
+        if found is None:
+            return Progress()
+        self.step.load_state_dict(found.parts)
+        self.stopping.load_state_dict(found.stopping)
+        if not found.finished:
+            log.info(f"train: going on in epoch {found.epoch} after {found.windows} steps of it")
+        return found
+
+    def keep(self, progress: Progress) -> None:
+        """Write where training stands now."""
+        if self.resume is not None and self.step.run.is_main:
+            progress.parts, progress.stopping = self.step.state_dict(), self.stopping.state_dict()
+            self.resume.keep(progress)
+        self._kept = time.monotonic()
+
+
+def train_one_epoch(
+    step: Step, batches: Iterable[Sample], progress: Progress, keeper: Keeper
+) -> TrainLosses:
+    """The training batches that are left; gradients of `train.grad_accum_steps` make a step."""
     step.model.train()
-    start, count = time.monotonic(), 0
+    start, count, run = time.monotonic(), 0, step.run
     sums = torch.zeros(5, dtype=torch.float64)
+    if progress.sums:
+        sums += torch.tensor(progress.sums[run.rank], dtype=torch.float64)
     for window in batched(batches, step.section.grad_accum_steps):
-        sums += step(window)
+        sums += step(window, keeper.due)
         count += sum(len(batch.name) for batch in window)
-    *parts, pixels = step.run.sum(sums).tolist()
-    count = float(step.run.sum(torch.tensor(count)))
+        progress.windows += 1
+        if step.stopping or step.saving:
+            progress.sums = run.gather(sums.tolist())
+            keeper.keep(progress)
+        if step.stopping:
+            raise StoppedError
+    *parts, pixels = run.sum(sums).tolist()
+    count = float(run.sum(torch.tensor(count)))
     means = [part / max(pixels, 1) for part in parts]
     return TrainLosses(*means, count / max(time.monotonic() - start, 1e-9))
 
@@ -213,34 +288,60 @@ def evaluate(step: Step, batches: DataLoader, num_classes: int, ignore_index: in
 def fit(
     head: nn.Module, normalize: nn.Module, loaders: Loaders, section: Train, manifest: Manifest,
     run: Runtime, device: torch.device, save: Save, log, encode: Encode | None = None,
+    resume: Resume | None = None,
 ) -> Best:  # fmt: skip
-    """Train until the epochs are over or `patience` of them brought no better validation mIoU."""
+    """Train until the epochs are over or `patience` of them brought no better validation mIoU.
+
+    With `resume`, from where an earlier run of the same settings came to.
+    """
     windows = math.ceil(len(loaders.train) / section.grad_accum_steps)
     weights = class_weights_of(section, manifest, loaders)
     steps = section.epochs * windows
     step = Step(head, normalize, section, manifest, steps, run, device, weights, encode)
-    stopping = EarlyStopping(section.patience)
-    history: list[dict[str, float]] = []
-    best = None
-    for epoch in range(1, section.epochs + 1):
-        loaders.sampler.epoch = epoch
+    keeper = Keeper(step, EarlyStopping(section.patience), resume, section.checkpoint_minutes)
+    progress = keeper.find(log)
+    if progress.finished:
+        log.info(f"train: already complete, {progress.epoch - 1} epochs")
+    while not progress.finished:
+        epoch, skipped = progress.epoch, progress.windows * section.grad_accum_steps
+        loaders.sampler.epoch, loaders.sampler.skipped = epoch, skipped * section.batch_size
         batches = log.progress(loaders.train, f"epoch {epoch}/{section.epochs}")
-        losses = train_one_epoch(step, batches)
+        losses = train_one_epoch(step, batches, progress, keeper)
         score = evaluate(step, loaders.val, manifest.num_classes, manifest.ignore_index)
-        better = stopping.update(run.agree(score.miou))
-        history.append(row_of(epoch, losses, score, step))
-        if better:
-            best = Best(epoch, score, save(step.evaluated, epoch, score) if run.is_main else Path())
-        if run.is_main:
-            write_history(history, section.weights_dir / "metrics.csv")
-        log.info(epoch_line(epoch, section.epochs, losses, score, better))
-        if stopping.stop:
-            log.info(f"no better mIoU for {section.patience} epochs: stopped early")
-            break
-    if best is None:
-        raise DivergedError("no epoch had a validation mIoU; the validation tiles show no class")
+        conclude(progress, losses, score, keeper, save, log)
     run.wait()
-    return best
+    return best_of(progress)
+
+
+def conclude(
+    progress: Progress, losses: TrainLosses, score: Score, keeper: Keeper, save: Save,
+    log: VerbosityLogger,
+) -> None:  # fmt: skip
+    """Put an epoch on record: the best weights, metrics.csv, a line, and the progress."""
+    step, stopping, epoch = keeper.step, keeper.stopping, progress.epoch
+    run, section = step.run, step.section
+    better = stopping.update(run.agree(score.miou))
+    progress.history.append(row_of(epoch, losses, score, step))
+    if better:
+        path = save(step.evaluated, epoch, score) if run.is_main else Path()
+        progress.best = {"epoch": epoch, "path": str(path), **asdict(score)}
+    if run.is_main:
+        write_history(progress.history, section.weights_dir / "metrics.csv")
+    log.info(epoch_line(epoch, section.epochs, losses, score, better))
+    if stopping.stop:
+        log.info(f"no better mIoU for {section.patience} epochs: stopped early")
+    progress.epoch, progress.windows, progress.sums = epoch + 1, 0, []
+    progress.finished = stopping.stop or epoch >= section.epochs
+    keeper.keep(progress)
+
+
+def best_of(progress: Progress) -> Best:
+    """The best epoch so far."""
+    if progress.best is None:
+        raise DivergedError("no epoch had a validation mIoU; the validation tiles show no class")
+    best = progress.best
+    score = Score(best["loss"], tuple(best["iou"]), tuple(best["dice"]))
+    return Best(best["epoch"], score, Path(best["path"]))
 
 
 def class_weights_of(
@@ -277,20 +378,16 @@ def row_of(epoch: int, losses: TrainLosses, score: Score, step: Step) -> dict[st
         "mdice": score.mdice,
     }
     row |= {f"iou_{number}": value for number, value in enumerate(score.iou)}
-    row |= {f"lr_{group['name']}": group["lr"] for group in step.optimizer.param_groups}
-    return row | {"tiles_per_second": losses.tiles_per_second}
+    return row | {f"lr_{group['name']}": group["lr"] for group in step.optimizer.param_groups}
 
 
 def write_history(history: list[dict[str, float]], path: Path) -> None:
-    """Write metrics.csv whole, under a temporary name, then rename it."""
+    """Write metrics.csv, all of it."""
     text = io.StringIO()
     table = csv.DictWriter(text, fieldnames=list(history[0]), lineterminator="\n")
     table.writeheader()
-    table.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in history)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text.getvalue(), encoding="utf-8")
-    temporary.replace(path)
+    table.writerows({key: f"{value:.9g}" for key, value in row.items()} for row in history)
+    write_artefact(path, text.getvalue().encode())
 
 
 def best_path(weights_dir: Path, head: str) -> Path:

@@ -1,0 +1,199 @@
+"""Training goes on where it was ended, whenever that was, to the same weights and history."""
+
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import project
+import pytest
+import torch
+
+from models import HEADS
+from utils.checkpoint import load_checkpoint
+from utils.engine import Step
+from utils.process import STOP
+from utils.resume import before, last_path, load
+
+ONLY_TRAIN = ("prepare.enable=false", "verify.enable=false", "inference.enable=false")
+SHAPE = {"batch_size": 2, "epochs": 2, "checkpoint_minutes": 1000.0}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """A project with a cache of 12 tiles: 9 or so to train on."""
+    folder = tmp_path_factory.mktemp("resume")
+    path = project.write_project(folder, 190, 250, train=SHAPE)
+    assert project.run(path, "train.enable=false", "inference.enable=false") == 0
+    return path
+
+
+@pytest.fixture
+def config(prepared, tmp_path, monkeypatch) -> Path:
+    """A copy of it without weights, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(prepared.parent, tmp_path / "copy") / "config.yml"
+
+
+def results(folder: Path) -> dict[str, object]:
+    """What a run leaves that may not depend on where it was ended, down to the last bit."""
+    found: dict[str, object] = {"metrics.csv": (folder / "metrics.csv").read_bytes()}
+    for path in folder.glob("*_best.pth"):
+        checkpoint = load_checkpoint(path)
+        found |= {key: value.numpy().tobytes() for key, value in checkpoint.state.items()}
+        found["told"] = repr(replace(checkpoint, state={}, config=""))
+    return found
+
+
+def end_after(monkeypatch, steps: int) -> None:
+    """Have a signal come in during a run's step of this number."""
+    count, step = iter(range(1, 10**6)), Step.__call__
+
+    def watched(self, *arguments):
+        if next(count) == steps:
+            STOP.asked = True
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Step, "__call__", watched)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("keys", [("train.ema_decay=0.9",), ("train.grad_accum_steps=2",)])
+def test_a_run_ended_at_any_step_makes_the_weights_of_an_unbroken_one_bit_for_bit(
+    config, monkeypatch, head, keys
+):
+    keys = (*ONLY_TRAIN, f"model.head={head}", *keys)
+    assert project.run(config, *keys, "train.weights_dir=copy/whole") == 0
+    wanted = results(config.parent / "whole")
+    steps = int(load(last_path(config.parent / "whole", head))["parts"]["schedule"]["last_epoch"])
+    assert steps >= 4
+    for number in range(1, steps + 1):
+        folder = f"train.weights_dir=copy/ended{number}"
+        with monkeypatch.context() as patched:
+            end_after(patched, number)
+            assert project.run(config, *keys, folder) == 75
+        assert project.run(config, *keys, folder) == 0
+        assert results(config.parent / f"ended{number}") == wanted
+
+
+def test_a_run_ended_at_every_step_in_turn_comes_to_the_same_end(config, monkeypatch):
+    assert project.run(config, *ONLY_TRAIN, "train.weights_dir=copy/whole") == 0
+    codes = []
+    while not codes or codes[-1] == 75:
+        with monkeypatch.context() as patched:
+            end_after(patched, 1)
+            codes.append(project.run(config, *ONLY_TRAIN, "train.weights_dir=copy/ended"))
+    assert codes[-1] == 0
+    assert len(codes) > 4
+    assert results(config.parent / "ended") == results(config.parent / "whole")
+
+
+def test_a_finished_training_is_left_alone(config, capsys):
+    assert project.run(config, *ONLY_TRAIN) == 0
+    kept = {path: path.stat().st_mtime_ns for path in (config.parent / "weights").iterdir()}
+    capsys.readouterr()
+    assert project.run(config, *ONLY_TRAIN) == 0
+    assert "train: already complete, 2 epochs" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in (config.parent / "weights").iterdir()} == kept
+
+
+def test_never_starts_anew(config):
+    assert project.run(config, *ONLY_TRAIN) == 0
+    first = results(config.parent / "weights")
+    assert project.run(config, *ONLY_TRAIN, "resources.seed=5", "train.resume=never") == 0
+    assert results(config.parent / "weights") != first
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("train.batch_size=3", "train.batch_size was 2 and is 3"),
+        ("train.adamw_lr=0.01", "train.adamw_lr was 0.001 and is 0.01"),
+        ("resources.seed=5", "resources.seed was 1337 and is 5"),
+        ("dataset.augmentations.hflip=false", "dataset.augmentations was"),
+        ("train.val_fraction=0.5", "tiles to train on was"),
+        ("train.epochs=3", "train.epochs was 2 and is 3"),
+    ],
+)
+def test_other_settings_are_refused_with_both_values(config, capsys, change, said):
+    assert project.run(config, *ONLY_TRAIN) == 0
+    capsys.readouterr()
+    assert project.run(config, *ONLY_TRAIN, change) == 3
+    error = [line for line in capsys.readouterr().err.splitlines() if said in line]
+    assert len(error) == 1
+    assert error[0].endswith("set them back, or train.resume: never to start anew")
+
+
+def test_harmless_settings_may_change(config, monkeypatch):
+    with monkeypatch.context() as patched:
+        end_after(patched, 2)
+        assert project.run(config, *ONLY_TRAIN) == 75
+    assert project.run(config, *ONLY_TRAIN, "train.patience=3", "train.num_workers=1") == 0
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "empty", "code"])
+def test_a_damaged_state_gives_way_to_the_one_before_it(config, monkeypatch, capsys, how):
+    assert project.run(config, *ONLY_TRAIN, "train.weights_dir=copy/whole") == 0
+    with monkeypatch.context() as patched:
+        end_after(patched, 6)
+        assert project.run(config, *ONLY_TRAIN) == 75
+    path = last_path(config.parent / "weights", "linear")
+    assert before(path).exists()
+    stored = bytearray(path.read_bytes())
+    if how == "cut":
+        path.write_bytes(stored[: len(stored) // 2])
+    elif how == "flipped":
+        stored[len(stored) // 2] ^= 1
+        path.write_bytes(stored)
+    elif how == "empty":
+        path.write_bytes(b"")
+    else:
+        torch.save({"format": 1, "identity": print}, path)
+    capsys.readouterr()
+    assert project.run(config, *ONLY_TRAIN) == 0
+    assert "the state before it is tried" in capsys.readouterr().err
+    assert results(config.parent / "weights") == results(config.parent / "whole")
+
+
+def test_a_run_whose_best_weights_are_gone_starts_anew(config, capsys):
+    assert project.run(config, *ONLY_TRAIN) == 0
+    first = results(config.parent / "weights")
+    (config.parent / "weights" / "linear_best.pth").unlink()
+    capsys.readouterr()
+    assert project.run(config, *ONLY_TRAIN) == 0
+    assert "is gone, so training starts anew" in capsys.readouterr().err
+    assert results(config.parent / "weights") == first
+
+
+KILLED = """
+import os, sys
+import main
+from utils import artefacts, engine
+count = [0]
+def dying(before):
+    def call(*arguments, **keys):
+        count[0] += 1
+        if count[0] == int(sys.argv[1]):
+            os.kill(os.getpid(), 9)
+        return before(*arguments, **keys)
+    return call
+artefacts.sync = dying(artefacts.sync)
+engine.Step.update = dying(engine.Step.update)
+main.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("moment", [1, 2, 4, 7, 9, 12, 15])
+def test_a_run_killed_at_a_step_or_while_it_writes_comes_to_the_same_end(config, moment):
+    settings = [part for each in ONLY_TRAIN for part in ("--set", each)]
+    command = [sys.executable, "-c", KILLED, str(moment), str(config), *settings]
+    command += ["--set", "train.checkpoint_minutes=1e-9"]
+    result = subprocess.run(
+        command, cwd=config.parent, env=project.surroundings(), check=False, capture_output=True
+    )
+    assert result.returncode == -9
+    assert project.run(config, *ONLY_TRAIN) == 0
+    assert project.run(config, *ONLY_TRAIN, "train.weights_dir=copy/whole") == 0
+    assert results(config.parent / "weights") == results(config.parent / "whole")
+    assert not list((config.parent / "weights").glob(".*.tmp"))
