@@ -106,6 +106,9 @@ class Resources(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of networks' products; auto: bf16 where the processor computes in it"
     )
+    compile: bool = Field(
+        False, description="torch.compile the frozen networks of prepare and inference, on GPUs"
+    )
     distributed: bool = Field(False, description="run as one of several processes under torchrun")
     dist_backend: Literal["nccl", "gloo"] = Field("nccl", description="nccl: GPUs, gloo: CPUs")
 

@@ -129,7 +129,7 @@ def run_phases(config: Config, log: "VerbosityLogger") -> None:
 def prepare(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
     """Cache the frozen features of every labelled tile."""
     from models.backbone import build_backbone, describe_backbone
-    from utils.distributed import device_reason
+    from utils.distributed import compiled, device_reason
     from utils.pace import settle_cache
     from utils.prepare import count_tiles, describe_cache, encode_on, find_sources, prepare
     from utils.quantize import HALF
@@ -150,7 +150,7 @@ def prepare(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
             manifest, section.processed_dir, backbone, device, section.batch_size,
             count_tiles(sources, section.tile_size), config.train.epochs, run, log,
         )  # fmt: skip
-    encode = encode_on(device, manifest, backbone)
+    encode = encode_on(device, manifest, compiled(backbone, config.resources.compile, device, log))
     prepare(section, sources, manifest, encode, config.resources.seed, run, log)
 
 
@@ -178,8 +178,6 @@ def train(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
     require_cache(config, manifest)
     device = run.device(section.device)
     log.info(f"train: {device_reason(section.device, device)}")
-    if section.compile and device.type == "cpu":
-        log.info("train: compiles as configured; on a CPU that was measured not to pay")
     encode = live_features(config, manifest, device, log) if manifest.cache == "tiles" else None
     loaders = make_loaders(split, manifest, section, config.dataset.augmentations, seed, run)
     torch.manual_seed(seed)  # here, so that a head starts alike whether prepare ran before or not
@@ -225,7 +223,7 @@ def inference(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
     from models.backbone import build_backbone, describe_backbone
     from models.segmenter import Segmenter
     from utils.checkpoint import load_checkpoint, load_weights, precision_as_trained, require_fit
-    from utils.distributed import device_reason
+    from utils.distributed import compiled, device_reason
     from utils.engine import best_path
     from utils.inference import predict_scenes, trained_as, written
     from utils.quantize import HALF, rounding
@@ -249,7 +247,8 @@ def inference(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
     segmenter = Segmenter(backbone, head, rounding(checkpoint.feature_dtype)).eval().to(device)
     segmenter.compute_in(precision)
     trained = trained_as(checkpoint, path, section, precision)
-    predict_scenes(section, scenes, segmenter, trained, device, log)
+    network = compiled(segmenter, config.resources.compile, device, log)
+    predict_scenes(section, scenes, network, trained, device, log)
 
 
 if __name__ == "__main__":

@@ -152,7 +152,8 @@ def backbone_of(config: Config) -> DinoBackbone:
 
 def encode_of(config: Config, manifest: Manifest, backbone: DinoBackbone) -> Pixels:
     """Pixels in memory to what is cached of them, as prepare is given it."""
-    return encode_on(Runtime().device(config.prepare.device), manifest, backbone)
+    device = Runtime().device(config.prepare.device)
+    return encode_on(device, manifest, backbone.to(device).compute_in(manifest.precision))
 
 
 def null_encode(spec: BackboneSpec, section: Prepare) -> Pixels:

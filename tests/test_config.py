@@ -57,6 +57,7 @@ inference: {enable: false, input_tif: null, output_tif: null, checkpoint: null, 
 """
 OURS = {
     "resources.precision": "auto",
+    "resources.compile": False,
     "dataset.cache": "features",
     "dataset.bands": None,
     "dataset.rgb": None,

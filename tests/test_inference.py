@@ -504,6 +504,25 @@ def test_tiles_are_as_many_as_the_law_says(height, width, size, overlap):
 # ---- the same features as prepare caches ----
 
 
+def test_compiled_networks_make_the_cache_and_the_map_of_plain_ones(tmp_path, monkeypatch, capsys):
+    """By dynamo alone, without the compiler behind it, which a machine may lack."""
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network: plain(network, backend="eager"))
+    found = []
+    for name in ("plain", "compiled"):
+        config = project.write_project(tmp_path / name, 130, 140, resources={"omp_threads": 1})
+        keys = ("train.epochs=1", f"resources.compile={str(name == 'compiled').lower()}")
+        assert project.run(config, *keys) == 0
+        tile = sorted((tmp_path / name / "cache").glob("*.pt"))[0]
+        with rasterio.open(tmp_path / name / "map.tif") as dataset:
+            found.append((torch.load(tile)["features"], dataset.read(1)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert np.array_equal(found[0][1], found[1][1])
+    said = capsys.readouterr().err
+    assert said.count("compiles as configured; on a CPU that was measured not to pay") == 2
+
+
+
 class Recorder(torch.nn.Module):
     """A head's place in a Segmenter: keeps what it is given."""
 

@@ -29,6 +29,7 @@ from utils.raster import open_raster, read_whole
 
 ONLY_TRAIN = ("prepare.enable=false", "verify.enable=false", "inference.enable=false")
 ONLY_INFERENCE = ("prepare.enable=false", "verify.enable=false", "train.enable=false")
+ANEW = "train.resume=never"
 UNTIL_TRAIN = ("train.enable=false", "inference.enable=false")
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 
@@ -180,11 +181,11 @@ def test_verify_deletes_a_broken_tile_and_the_next_run_makes_it_again(copy, caps
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0xFF
     path.write_bytes(content)
-    assert project.run(copy) == 0
+    assert project.run(copy, ANEW) == 0
     err = capsys.readouterr().err
     assert f"[WARNING] verify: deleted {path.name}" in err
     assert "verify: 6 tiles checked, 1 deleted" in err
-    assert project.run(copy) == 0
+    assert project.run(copy, ANEW) == 0
     assert "1 tiles made, 5 reused" in capsys.readouterr().err
     again = torch.load(path)
     assert torch.equal(again["label"], whole["label"])
@@ -229,7 +230,7 @@ def recorder_of(phase, joined):
 
 
 def test_set_overrides_the_file(copy, capsys):
-    assert project.run(copy, *ONLY_TRAIN, "train.epochs=1", "logging.timestamps=true") == 0
+    assert project.run(copy, *ONLY_TRAIN, ANEW, "train.epochs=1", "logging.timestamps=true") == 0
     lines = [line for line in said(capsys) if "epoch 1/1" in line]
     assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \[INFO\] epoch 1/1", lines[0])
 
@@ -406,7 +407,7 @@ def test_verify_finds_those_features_first_and_with_nothing_left_is_3(copy, caps
 def test_a_damaged_tile_in_a_loader_process_is_one_line_and_3(copy, capsys):
     for path in (copy.parent / "cache").glob("*.pt"):
         path.write_bytes(path.read_bytes()[:500])
-    assert project.run(copy, *ONLY_TRAIN, "train.num_workers=1") == 3
+    assert project.run(copy, *ONLY_TRAIN, ANEW, "train.num_workers=1") == 3
     text = one_error(capsys)
     assert re.search(r"north__\w+\.pt: missing or damaged", text)
     assert "Traceback" not in text
@@ -417,7 +418,7 @@ def test_a_killed_loader_process_is_4(copy, capsys, monkeypatch):
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(PrecomputedDataset, "__getitem__", killed)
-    assert project.run(copy, *ONLY_TRAIN, "train.num_workers=1") == 4
+    assert project.run(copy, *ONLY_TRAIN, ANEW, "train.num_workers=1") == 4
     assert "a worker process was killed, mostly for want of memory" in one_error(capsys)
 
 
@@ -490,7 +491,8 @@ def test_a_signal_in_the_middle_of_training_is_75_and_no_traceback(copy, number,
     ]
     assert re.fullmatch(r"\[ERROR\] train: stopped after [\d.]+ s", lines[-2])
     kept = sorted(path.name for path in (copy.parent / "stopped").iterdir())
-    assert kept == ["linear_best.pth", "metrics.csv"]
+    names = ["linear_best.pth", "linear_last.pth", "linear_last_before.pth", "metrics.csv"]
+    assert kept == names
 
 
 # ---- a checkpoint that was made for something else ----

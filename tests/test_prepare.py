@@ -464,12 +464,12 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(project):
 def test_a_write_that_fails_leaves_no_half_tile(project, monkeypatch):
     written, save = [], torch.save
 
-    def save_some(stored, path):
-        written.append(path)
+    def save_some(stored, file):
+        written.append(file)
         if len(written) == 5:
-            Path(path).write_bytes(b"half")
+            file.write(b"half")
             raise OSError("disk full")
-        save(stored, path)
+        save(stored, file)
 
     monkeypatch.setattr(torch, "save", save_some)
     with pytest.raises(OSError, match="disk full"):

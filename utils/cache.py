@@ -284,6 +284,8 @@ def check_tile(path: Path, manifest: Manifest) -> None:
     stored = path.read_bytes()  # what fails from here on is the content's fault, not the disk's
     try:
         checked_zip(stored)
+    except ValueError as error:
+        raise TileError(f"{path.name}: {error}") from error
     except DAMAGE as error:
         raise TileError(f"{path.name}: not a whole file ({error})") from error
     content = load_tile(path, content=stored)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from config import Resources
+from utils.logging import VerbosityLogger
 
 Item = TypeVar("Item")
 PATIENCE = timedelta(hours=6)  # one rank may look at thousands of scenes while the others wait
@@ -188,6 +189,20 @@ def most_at_once(device: torch.device) -> int | None:
     (2, None)
     """
     return 2 if device.type == "cpu" else None
+
+
+def compiled(
+    network: nn.Module, wanted: bool, device: torch.device, log: VerbosityLogger
+) -> nn.Module:
+    """The network, by torch.compile where that is wanted."""
+    warn_of_compiling(wanted, device, log)
+    return torch.compile(network) if wanted else network
+
+
+def warn_of_compiling(wanted: bool, device: torch.device, log: VerbosityLogger) -> None:
+    """Say so where compiling is wanted and will not pay."""
+    if wanted and device.type == "cpu":
+        log.info("compiles as configured; on a CPU that was measured not to pay")
 
 
 def no_cuda() -> str:

@@ -23,7 +23,7 @@ from utils.artefacts import write_artefact
 from utils.cache import Manifest
 from utils.checkpoint import Checkpoint, plain_state, save_checkpoint
 from utils.data import Loaders, Sample
-from utils.distributed import Runtime, autocast
+from utils.distributed import Runtime, autocast, warn_of_compiling
 from utils.logging import VerbosityLogger
 from utils.losses import SegmentationLoss, balanced_weights
 from utils.metrics import Score, SegmentationMetrics, best_class
@@ -294,6 +294,7 @@ def fit(
 
     With `resume`, from where an earlier run of the same settings came to.
     """
+    warn_of_compiling(section.compile, device, log)
     windows = math.ceil(len(loaders.train) / section.grad_accum_steps)
     weights = class_weights_of(section, manifest, loaders)
     steps = section.epochs * windows

@@ -71,7 +71,7 @@ def segment_on(
     """A network as a function of pixels in memory: they go up raw, probabilities stay there."""
 
     def segment(images: np.ndarray) -> Tensor:
-        with torch.inference_mode(), autocast(device, precision):
+        with torch.no_grad(), autocast(device, precision):
             return mean_of_views(network, upload(images, device), turns, most_at_once(device))
 
     return segment

@@ -239,18 +239,17 @@ def _write_tiles(
 
 
 def encode_on(device: torch.device, wanted: Manifest, backbone: torch.nn.Module) -> Encode:
-    """The backbone as a function of CPU pixels: upload raw pixels, compute on the device.
+    """The backbone, on the device, as a function of CPU pixels: they go up raw.
 
     For a cache of tiles nothing is computed.
     """
     if wanted.cache == "tiles":
         return lambda images: {}
-    backbone = backbone.to(device).compute_in(wanted.precision)
     turns = [Turn(*view) for view in wanted.views]
 
     def encode(images: np.ndarray) -> Mapping[str, Sequence[Tensor]]:
         groups = upload(images, device).split(most_at_once(device) or len(images))
-        with torch.inference_mode():
+        with torch.no_grad():
             parts = [
                 [level for turn in turns for level in backbone(turn.apply(group))]
                 for group in groups
