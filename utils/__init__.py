@@ -7,7 +7,10 @@ vectors      polygons on disk
 burning      polygons burnt on a grid, window by window
 label_values what raster values and attributes mean
 labels       label rasters and polygons on a scene's grid
+turns        the eight ways to lay a tile
+quantize     features rounded as they are cached
 cache        the tile cache on disk: manifest, tile files, what makes one sound
+pace         which kind of cache is the quicker one here, measured
 prepare      scenes and labels → cached tiles
 data         verify, augmentation, loading
 footprints   where tiles lie on the ground
