@@ -38,7 +38,7 @@ SMALL, MIDDLE, LARGE = 1024, 4096, 10240  # whole tiles, so that each has as man
 
 def forward_rows(folder: Path, name: str, runs: int) -> list[Row]:
     """A run with its network, over the network's own calls and over the bare forward."""
-    height, width = 2048, 3072  # 24 tiles, three whole batches
+    height, width = 4096, 3072  # 48 tiles, six whole batches
     path = write_project(folder, name)
     config = load(path, write_rasters(folder, height, width))
     backbone = backbone_of(config)

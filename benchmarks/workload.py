@@ -160,12 +160,9 @@ def null_encode(spec: BackboneSpec, section: Prepare) -> Pixels:
     """Feature maps that are there already."""
     batch, cells = section.batch_size, section.tile_size // spec.patch_size
     made = torch.Generator().manual_seed(0)
-    shape, device = (batch, spec.channels, cells, cells), Runtime().device(section.device)
-    maps = [
-        torch.randn(shape, generator=made).half().to(device, memory_format=torch.channels_last)
-        for _ in spec.layers
-    ]
-    return lambda images: {"features": [level[: len(images)] for level in maps]}
+    shape = (batch, len(spec.layers), cells, cells, spec.channels)
+    maps = torch.randn(shape, generator=made).half().to(Runtime().device(section.device))
+    return lambda images: {"features": maps[: len(images)].permute(0, 1, 4, 2, 3)}
 
 
 def run_prepare(config: Config, backbone: DinoBackbone | None = None) -> Spent:

@@ -49,14 +49,20 @@ def write_artefact(path: Path, write: bytes | Callable[[BinaryIO], None]) -> Non
     ...     [path.name for path in Path(folder, "cache").iterdir()]
     ['manifest.json']
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:
-            if isinstance(write, bytes):
-                file.write(write)
-            else:
-                write(file)
+    with replacing(path) as temporary, os.fdopen(_open_new(temporary), "wb") as file:
+        if isinstance(write, bytes):
+            file.write(write)
+        else:
+            write(file)
+
+
+def _open_new(path: Path) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    try:
+        return os.open(path, flags, 0o666)
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, flags, 0o666)
 
 
 @contextlib.contextmanager

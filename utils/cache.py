@@ -239,25 +239,39 @@ def write_tile(
     name: str,
     image: Tensor,
     label: Tensor,
-    features: Sequence[Tensor] = (),
-    scales: Sequence[Tensor] = (),
+    features: Tensor | Sequence[Tensor] = (),
+    scales: Tensor | Sequence[Tensor] = (),
 ) -> None:
-    """Write one tile's file: copies of what is given."""
-    content = {"image": image.clone(), "label": label.clone()}
-    if features:
+    """Write one tile's file; features and scales as one tensor or a list of levels."""
+    content = {"image": alone(image), "label": alone(label)}
+    if len(features):
         content["features"] = stored_maps(features)
-    if scales:
-        content["scales"] = torch.stack(list(scales)).cpu()
+    if len(scales):
+        whole = scales if isinstance(scales, Tensor) else torch.stack(list(scales))
+        content["scales"] = alone(whole)
     write_artefact(tile_path(folder, name), lambda file: torch.save(content, file))
 
 
-def stored_maps(levels: Sequence[Tensor]) -> Tensor:
+def alone(tensor: Tensor) -> Tensor:
+    """A copy of a tensor: torch.save writes all of what it is a view of.
+
+    It is copied even where it need not be: torch.save's checksum is slow on memory that no cache
+    holds, by more than a copy takes.
+
+    >>> alone(torch.zeros(9, 512)[3]).untyped_storage().nbytes()
+    2048
+    """
+    return tensor.cpu().contiguous().clone()
+
+
+def stored_maps(levels: Tensor | Sequence[Tensor]) -> Tensor:
     """Maps as files hold them: one tensor on the CPU, with a cell's channels side by side.
 
     >>> stored_maps([torch.zeros(384, 32, 32)] * 4).stride()
     (393216, 1, 12288, 384)
     """
-    return torch.stack([level.cpu().permute(1, 2, 0) for level in levels]).permute(0, 3, 1, 2)
+    whole = levels if isinstance(levels, Tensor) else torch.stack(list(levels))
+    return alone(whole.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def load_tile(path: Path, mmap: bool = False, content: bytes | None = None) -> dict[str, Any]:

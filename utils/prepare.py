@@ -42,7 +42,7 @@ from utils.labels import (
 from utils.logging import VerbosityLogger
 from utils.maps import legend_of
 from utils.process import STOP
-from utils.quantize import as_cached
+from utils.quantize import HALF, as_cached
 from utils.raster import RasterError, Reading, Scene, ground_gsd, open_scene
 from utils.sampling import class_counts
 from utils.scenes import SceneFile, band_ranges, default_bands, find_scenes
@@ -50,7 +50,7 @@ from utils.streaming import ahead, behind
 from utils.tiling import Tile, batched, repeated, tiles
 from utils.turns import Turn, first_turns
 
-Encode = Callable[[np.ndarray], Mapping[str, Sequence[Tensor]]]
+Encode = Callable[[np.ndarray], Mapping[str, Tensor]]
 WAITING = 1  # batches of features that wait for the thread that writes
 MADE, REUSED = "made", "reused"
 UNLABELLED, INVALID, SPARSE, BACKGROUND = (
@@ -231,10 +231,11 @@ def _to_make(found: Iterable[ReadTile], tally: Tally) -> Iterator[ReadTile]:
 
 
 def _write_tiles(
-    folder: Path, batch: Sequence[ReadTile], encoded: Mapping[str, Sequence[Tensor]]
+    folder: Path, batch: Sequence[ReadTile], encoded: Mapping[str, Tensor]
 ) -> None:
+    encoded = {part: whole.cpu() for part, whole in encoded.items()}
     for number, tile in enumerate(batch):
-        parts = {part: [level[number] for level in levels] for part, levels in encoded.items()}
+        parts = {part: whole[number] for part, whole in encoded.items()}
         write_tile(folder, tile.name, torch.from_numpy(tile.image), tile.label, **parts)
 
 
@@ -246,16 +247,18 @@ def encode_on(device: torch.device, wanted: Manifest, backbone: torch.nn.Module)
     if wanted.cache == "tiles":
         return lambda images: {}
     turns = [Turn(*view) for view in wanted.views]
+    count, cells = len(turns) * len(wanted.layers), wanted.tile_size // wanted.patch_size
+    dtype, shape = HALF[wanted.feature_dtype], (count, cells, cells, wanted.channels)
 
-    def encode(images: np.ndarray) -> Mapping[str, Sequence[Tensor]]:
-        groups = upload(images, device).split(most_at_once(device) or len(images))
+    def encode(images: np.ndarray) -> Mapping[str, Tensor]:
+        pixels, most = upload(images, device), most_at_once(device) or len(images)
+        whole = torch.empty(len(images), *shape, dtype=dtype, device=device)
         with torch.no_grad():
-            parts = [
-                [level for turn in turns for level in backbone(turn.apply(group))]
-                for group in groups
-            ]
-        levels = [torch.cat(levels) for levels in zip(*parts, strict=True)]
-        return as_cached(levels, wanted.feature_dtype)
+            for some, group in zip(whole.split(most), pixels.split(most), strict=True):
+                levels = (level for turn in turns for level in backbone(turn.apply(group)))
+                for number, level in enumerate(levels):
+                    some[:, number] = level.permute(0, 2, 3, 1)
+        return as_cached(whole.permute(0, 1, 4, 2, 3), wanted.feature_dtype)
 
     return encode
 

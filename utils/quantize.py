@@ -13,6 +13,7 @@ from torch import Tensor
 # what a backbone's features are before they are cached, and again when a head gets them
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float16}
 STEPS, LOWEST = 255, -128
+Maps = Tensor | Sequence[Tensor]
 
 
 def quantize(level: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,15 +43,18 @@ def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
     return ((codes.float() - LOWEST) * scale + offset).to(HALF["int8"])
 
 
-def as_cached(levels: Sequence[Tensor], feature_dtype: str) -> dict[str, Sequence[Tensor]]:
-    """What a cache holds of maps that come in their half precision.
+def as_cached(levels: Maps, feature_dtype: str) -> dict[str, Maps]:
+    """What a cache holds of maps that come in their half precision, one by one or in one tensor.
 
     >>> list(as_cached([torch.zeros(2, 384, 4, 4).half()], "int8"))
     ['features', 'scales']
     """
     if feature_dtype != "int8":
         return {"features": levels}
-    codes, scales = zip(*map(quantize, levels), strict=True)
+    if isinstance(levels, Tensor):
+        codes, scales = quantize(levels)
+    else:
+        codes, scales = zip(*map(quantize, levels), strict=True)
     return {"features": codes, "scales": scales}
 
 
