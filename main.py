@@ -15,6 +15,7 @@ memory, permission), 5 training diverged, 75 stopped by a signal (run again), 1 
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from config import Config, ConfigError, find_config, load_config, to_yaml
@@ -78,7 +79,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def guarded(config: Config) -> int:
     """Run the phases; what goes wrong becomes one line and the exit code of its kind."""
     from utils.logging import VerbosityLogger, complain, launched_rank
-    from utils.process import exit_code_of, one_line, set_environment, stoppable
+    from utils.process import exit_code_of, one_line, set_environment, stoppable, write_status
 
     rank, section = launched_rank(), config.logging
     set_environment(config)
@@ -87,19 +88,25 @@ def guarded(config: Config) -> int:
     except OSError as error:
         complain(f"[ERROR] logging.file: {error}")
         return 4
+    code, said, status = 1, "", partial(write_status, config.train.weights_dir)
     tell = log.error if rank == 0 else lambda text: complain(f"[ERROR] rank {rank}: {text}")
     try:
+        if rank == 0:
+            status(None)
         with stoppable():
             run_phases(config, log)
+        code = 0
     except Exception as error:
-        code = exit_code_of(error)
-        if code is None:
+        said, known = one_line(error), exit_code_of(error)
+        if known is None:
             raise
-        (log.error if getattr(error, "everywhere", False) else tell)(one_line(error))
-        return code
+        code = known
+        (log.error if getattr(error, "everywhere", False) else tell)(said)
     finally:
+        if rank == 0:
+            status(code, said)
         log.close()
-    return 0
+    return code
 
 
 def run_phases(config: Config, log: "VerbosityLogger") -> None:
@@ -130,6 +137,7 @@ def prepare(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
     """Cache the frozen features of every labelled tile."""
     from models.backbone import build_backbone, describe_backbone
     from utils.distributed import compiled, device_reason
+    from utils.locks import alone_in
     from utils.pace import settle_cache
     from utils.prepare import count_tiles, describe_cache, encode_on, find_sources, prepare
     from utils.quantize import HALF
@@ -151,14 +159,18 @@ def prepare(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
             count_tiles(sources, section.tile_size), config.train.epochs, run, log,
         )  # fmt: skip
     encode = encode_on(device, manifest, compiled(backbone, config.resources.compile, device, log))
-    prepare(section, sources, manifest, encode, config.resources.seed, run, log)
+    with run.first(alone_in(section.processed_dir, "prepare.processed_dir")):
+        prepare(section, sources, manifest, encode, config.resources.seed, run, log)
 
 
 def verify(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
     """Check every cached tile and delete the bad ones."""
     from utils.data import verify
+    from utils.locks import alone_in
 
-    verify(config.verify.processed_dir, config.verify.workers, run, log)
+    folder = config.verify.processed_dir
+    with run.first(alone_in(folder, "verify.processed_dir", make=False)):
+        verify(folder, config.verify.workers, run, log)
 
 
 def train(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
@@ -171,6 +183,7 @@ def train(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
     from utils.data import load_split, make_loaders
     from utils.distributed import device_reason
     from utils.engine import best_path, fit, keep_best
+    from utils.locks import alone_in
     from utils.resume import Resume, identity_of, last_path
 
     section, name, seed = config.train, config.model.head, config.resources.seed
@@ -192,9 +205,10 @@ def train(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
         run.world_size,
     )  # fmt: skip
     resume = Resume(last_path(section.weights_dir, name), identity, section.resume == "never")
-    best = fit(
-        head, normalize, loaders, section, manifest, run, device, save, log, encode, resume
-    )
+    with run.first(alone_in(section.weights_dir, "train.weights_dir")):
+        best = fit(
+            head, normalize, loaders, section, manifest, run, device, save, log, encode, resume
+        )
     log.info(f"best validation mIoU {best.score.miou:.4f} in epoch {best.epoch}: {best.path}")
 
 

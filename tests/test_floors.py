@@ -12,7 +12,7 @@ FLOORS = [
     {
         "utils.strict_yaml", "utils.key_rules", "utils.tiling", "utils.cache", "utils.sampling",
         "utils.losses", "utils.metrics", "utils.optim", "utils.logging", "utils.landscape",
-        "utils.turns", "utils.streaming", "utils.quantize", "models.blocks",
+        "utils.turns", "utils.streaming", "utils.quantize", "utils.locks", "models.blocks",
     },
     {
         "utils.key_faults", "utils.journal", "utils.raster", "utils.footprints", "utils.blending",
@@ -48,6 +48,7 @@ DOORS = {
     "safetensors": {"models.backbone"},
     "torch.distributed": {"utils.distributed"},
     "yaml": {"utils.strict_yaml"},
+    "filelock": {"utils.locks"},
     "pydantic": {"config"},
     "tqdm": {"utils.logging"},
 }  # fmt: skip

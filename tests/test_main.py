@@ -462,6 +462,25 @@ def test_a_bug_of_ours_is_1_with_a_traceback(copy):
     assert "Traceback" in result.stderr
 
 
+def status_of(config):
+    """What status.json of a project says of its last run."""
+    return json.loads((config.parent / "weights" / "status.json").read_text())
+
+
+def test_status_says_what_the_exit_code_and_the_log_say(copy, capsys, monkeypatch):
+    during = []
+    monkeypatch.setattr("main.verify", lambda *_: during.append(status_of(copy)))
+    assert project.run(copy, "train.enable=false", "inference.enable=false") == 0
+    assert (during[0]["state"], during[0]["exit_code"]) == ("running", None)
+    assert (status_of(copy)["state"], status_of(copy)["exit_code"]) == ("done", 0)
+    assert during[0]["process"] == os.getpid()
+    capsys.readouterr()
+    assert project.run(copy, *ONLY_INFERENCE, "inference.input_tif=nowhere.tif") == 3
+    found = status_of(copy)
+    assert (found["state"], found["exit_code"]) == ("failed: input data or artefact", 3)
+    assert found["message"] in one_error(capsys)
+
+
 @pytest.mark.parametrize(
     ("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 1)], ids=["SIGTERM", "SIGINT"]
 )
@@ -490,9 +509,10 @@ def test_a_signal_in_the_middle_of_training_is_75_and_no_traceback(copy, number,
         "[ERROR] stopped by a signal; what is finished is kept, run it again to go on"
     ]
     assert re.fullmatch(r"\[ERROR\] train: stopped after [\d.]+ s", lines[-2])
-    kept = sorted(path.name for path in (copy.parent / "stopped").iterdir())
+    kept = sorted(path.name for path in (copy.parent / "stopped").glob("[!.]*"))
     names = ["linear_best.pth", "linear_last.pth", "linear_last_before.pth", "metrics.csv"]
-    assert kept == names
+    assert json.loads((copy.parent / "stopped" / "status.json").read_text())["exit_code"] == 75
+    assert kept == [*names, "status.json"]
 
 
 # ---- a checkpoint that was made for something else ----

@@ -1,10 +1,15 @@
 """The rooms of the pipeline; each name is imported from the module that owns it.
 
+artefacts    files that are whole or absent
+locks        one run at a time in a folder
+streaming    threads that read ahead and write behind
 tiling       integer geometry of tiles: origins, the part of a tile that is its own
 raster       one raster on disk: grids, masks, windows, scenes read tile by tile
+block_cache  how many decoded blocks GDAL holds
 scenes       which files are scenes, which bands are read, what their values mean
 vectors      polygons on disk
 burning      polygons burnt on a grid, window by window
+warping      a label raster's pixels under a scene's
 label_values what raster values and attributes mean
 labels       label rasters and polygons on a scene's grid
 turns        the eight ways to lay a tile
@@ -20,8 +25,11 @@ sampling     the order in which tiles are drawn
 losses       CE + Dice over labelled pixels
 metrics      confusion matrix → IoU and Dice
 optim        Muon + AdamW in one optimizer, OneCycle, early stopping
+resume       where training stands, on disk
 engine       the training loop
 blending     overlapping tiles → one field of probabilities
+products     the rasters of a map, from finished pixels
+journal      finished rows of a map that is still being made
 inference    scenes → maps, streamed from disk to disk
 maps         maps on disk: COG, colours, names, tags
 ground       a grid's pixels on the Earth: metres, true areas

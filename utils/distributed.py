@@ -136,6 +136,12 @@ class Runtime:
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
+    def first(
+        self, context: contextlib.AbstractContextManager
+    ) -> contextlib.AbstractContextManager:
+        """A context that only the first rank enters."""
+        return context if self.is_main else contextlib.nullcontext()
+
     def wait(self) -> None:
         """Go on when every rank is here."""
         if self.world_size > 1:

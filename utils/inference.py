@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from config import TTA, Inference
-from utils.artefacts import temporary_of
+from utils.artefacts import sweep, temporary_of
 from utils.blending import Strip
 from utils.checkpoint import Checkpoint
 from utils.distributed import autocast, most_at_once, upload
@@ -166,6 +166,8 @@ def predict_scenes(
     """Map every scene; finished maps are kept, failures are listed and stop nothing else."""
     several = len(scenes) > 1 or section.output_tif.suffix == ""
     check_outputs(section, scenes, several)
+    for folder in {path.parent for path in outputs_of(section, scenes[0].name, several)}:
+        sweep(folder)
     failures = []
     for scene in scenes:
         output = raster_path(section.output_tif, scene.name, several)

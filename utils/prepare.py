@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from config import Config, ConfigError, Prepare
+from utils.artefacts import sweep
 from utils.cache import (
     MANIFEST,
     CacheError,
@@ -203,6 +204,7 @@ def prepare(
     """
     folder = section.processed_dir
     if run.is_main:
+        sweep(folder)
         _open_cache(folder, sources, wanted, log)
     run.wait()
     work = list(_work(sources, section.tile_size))[run.rank :: run.world_size]

@@ -2,12 +2,26 @@
 
 import contextlib
 import ctypes
+import json
 import os
 import signal
+import socket
 from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
 
 from config import Config
+from utils.artefacts import write_artefact
 
+STATES = {
+    0: "done",
+    1: "failed: a bug of the program",
+    2: "failed: configuration",
+    3: "failed: input data or artefact",
+    4: "failed: environment",
+    5: "failed: training diverged",
+    75: "stopped, run again",
+}
 M_ARENA_MAX = -8  # of malloc.h
 SIGNALS = [
     getattr(signal, name)
@@ -99,6 +113,29 @@ def forget_signals() -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def write_status(folder: Path, code: int | None, message: str = "") -> None:
+    """Write status.json, for batch scripts: how a run ended, or that it goes on (code None).
+
+    Not where the folder cannot be written to: the exit code and the log say the same.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     write_status(Path(folder), 75, "stopped by a signal")
+    ...     json.loads(Path(folder, "status.json").read_text())["state"]
+    'stopped, run again'
+    """
+    told = {
+        "state": "running" if code is None else STATES[code],
+        "exit_code": code,
+        "message": message,
+        "process": os.getpid(),
+        "machine": socket.gethostname(),
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+    with contextlib.suppress(OSError):
+        write_artefact(folder / "status.json", f"{json.dumps(told, indent=2)}\n".encode())
 
 
 def exit_code_of(error: Exception) -> int | None:

@@ -1,0 +1,83 @@
+"""Two runs in one folder: the second ends at once, says who is there, and changes nothing."""
+
+import subprocess
+import sys
+
+import project
+import pytest
+
+from utils.locks import HOLDER, LockError, alone_in
+
+HOLD = """
+import sys
+from pathlib import Path
+from utils.locks import alone_in
+with alone_in(Path(sys.argv[1]), "train.weights_dir"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A function that has another process hold a folder; returns that process."""
+    others = []
+
+    def hold(folder):
+        command = [sys.executable, "-c", HOLD, str(folder)]
+        other = subprocess.Popen(
+            command, env=project.surroundings(), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        others.append(other)
+        assert other.stdout.readline() == b"held\n"
+        return other
+
+    yield hold
+    for other in others:
+        other.kill()
+        other.communicate()
+
+
+def test_a_folder_in_use_is_refused_with_its_holder_and_the_key(tmp_path, held):
+    other = held(tmp_path)
+    said = rf"in use by process {other.pid} on .+ since \d{{4}}-\d\d-\d\d .*\(train\.weights_dir\)$"
+    with pytest.raises(LockError, match=said), alone_in(tmp_path, "train.weights_dir"):
+        pass
+
+
+def test_a_lock_ends_with_its_process_however_that_ends(tmp_path, held):
+    other = held(tmp_path)
+    other.kill()
+    other.wait()
+    with alone_in(tmp_path, "train.weights_dir"):
+        assert (tmp_path / HOLDER).exists()
+    assert not (tmp_path / HOLDER).exists()
+
+
+def test_a_damaged_note_is_no_obstacle(tmp_path, held):
+    held(tmp_path)
+    (tmp_path / HOLDER).write_text("{")
+    with pytest.raises(LockError, match="in use by another run"), alone_in(tmp_path, "key"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("folder", "key", "off"),
+    [
+        ("cache", "prepare.processed_dir", ("train", "inference")),
+        ("weights", "train.weights_dir", ("prepare", "verify", "inference")),
+    ],
+)
+def test_a_run_in_a_folder_in_use_ends_with_4_and_one_line(
+    tmp_path, held, capsys, folder, key, off
+):
+    config = project.write_project(tmp_path, 130, 140)
+    if folder == "weights":
+        assert project.run(config, "train.enable=false", "inference.enable=false") == 0
+    held(tmp_path / folder)
+    capsys.readouterr()
+    assert project.run(config, *(f"{phase}.enable=false" for phase in off)) == 4
+    lines = [line for line in capsys.readouterr().err.splitlines() if "in use by process" in line]
+    assert len(lines) == 1
+    assert lines[0].endswith(f"({key})")
+    assert not list((tmp_path / folder).glob("*.*t*h"))

@@ -1,0 +1,70 @@
+"""One run at a time in a folder: the second says who is there, and since when."""
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from utils.artefacts import write_artefact
+
+LOCK, HOLDER = ".lock", ".lock.json"
+
+
+class LockError(Exception):
+    """A folder that another run works in."""
+
+    exit_code = 4
+    everywhere = True
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, key: str, make: bool = True) -> Iterator[None]:
+    """Hold a folder against other runs; `key` is the setting that names it.
+
+    A folder that is missing is made, unless `make` is false: then there is nothing to hold. The
+    system frees the lock with the process, however that ends. On network file systems that know no
+    locks nothing is held; what is written is whole or absent there too.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as name, alone_in(Path(name), "train.weights_dir"):
+    ...     sorted(path.name for path in Path(name).iterdir())
+    ['.lock', '.lock.json']
+    """
+    if make:
+        folder.mkdir(parents=True, exist_ok=True)
+    elif not folder.is_dir():
+        yield
+        return
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise LockError(
+            f"{folder}: in use by {_holder(folder)}; wait for that run, or name another folder "
+            f"({key})"
+        ) from error
+    try:
+        told = {"process": os.getpid(), "machine": socket.gethostname(), "since": _now()}
+        write_artefact(folder / HOLDER, json.dumps(told).encode())
+        yield
+    finally:
+        (folder / HOLDER).unlink(missing_ok=True)
+        lock.release()
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(" ", "seconds")
+
+
+def _holder(folder: Path) -> str:
+    """Who holds a folder, as far as its note can be read."""
+    try:
+        told = json.loads((folder / HOLDER).read_text(encoding="utf-8"))
+        return f"process {told['process']} on {told['machine']} since {told['since']}"
+    except (OSError, ValueError, LookupError, TypeError):
+        return "another run"
