@@ -1,7 +1,10 @@
 """Two processes do the work of one: the same cache, the same metrics, one log, one map."""
 
 import csv
+import json
 import re
+import signal
+import subprocess
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from config import Resources
+from utils.checkpoint import load_checkpoint
 from utils.distributed import (
     DeviceError,
     LaunchError,
@@ -237,7 +241,42 @@ def test_a_rank_that_loses_its_peer_says_so_and_the_peer_says_why(folders):
     assert len(reasons) == 1
     assert path.name in reasons[0]
     assert 'main.py", line' not in said.stderr
-    assert not (root / "two" / "lost").exists()
+    left = [path.name for path in (root / "two" / "lost").glob("[!.]*")]
+    assert left == ["status.json"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM])
+def test_ranks_that_a_signal_ends_keep_their_state_and_go_on_to_the_same_weights(folders, number):
+    root, _ = folders
+    two = root / "two" / "config.yml"
+    settings = (
+        "prepare.enable=false", "verify.enable=false", "inference.enable=false",
+        "train.batch_size=1", "train.epochs=30", "train.patience=30", "train.ema_decay=0.9",
+    )  # fmt: skip
+    ended = f"train.weights_dir=ended{int(number)}"
+    more = [part for each in (*settings, ended) for part in ("--set", each)]
+    job = subprocess.Popen(
+        [str(part) for part in (*TORCHRUN, two, *GLOO, *more)], cwd=two.parent, text=True,
+        env=project.surroundings(), stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    lines = []
+    for line in job.stderr:
+        lines.append(line)
+        if "epoch 2/30:" in line:
+            job.send_signal(number)
+    assert job.wait() != 0
+    assert any("stopped by a signal" in line for line in lines)
+    assert not any("epoch 30/30:" in line for line in lines)
+    status = json.loads((two.parent / f"ended{int(number)}" / "status.json").read_text())
+    assert status["exit_code"] == 75
+    assert torchrun(two, *settings, ended).returncode == 0
+    assert torchrun(two, *settings, f"train.weights_dir=whole{int(number)}").returncode == 0
+    found = []
+    for folder in (f"ended{int(number)}", f"whole{int(number)}"):
+        weights = load_checkpoint(two.parent / folder / "unet_best.pth").state
+        text = (two.parent / folder / "metrics.csv").read_text()
+        found.append((text, {name: each.numpy().tobytes() for name, each in weights.items()}))
+    assert found[0] == found[1]
 
 
 def test_torchrun_without_distributed_is_refused_in_one_line(folders):

@@ -392,7 +392,7 @@ def test_features_that_are_no_numbers_are_5_and_leave_no_weights(copy, capsys):
     weights = copy.parent / "fresh"
     assert project.run(copy, *ONLY_TRAIN, f"train.weights_dir={weights}") == 5
     assert re.match(r"loss is nan at step 1 .*tiles north__r\d{6}_c\d{6}, ", one_error(capsys))
-    assert not weights.exists()
+    assert [path.name for path in weights.glob("[!.]*")] == ["status.json"]
 
 
 def test_verify_finds_those_features_first_and_with_nothing_left_is_3(copy, capsys):
@@ -469,7 +469,11 @@ def status_of(config):
 
 def test_status_says_what_the_exit_code_and_the_log_say(copy, capsys, monkeypatch):
     during = []
-    monkeypatch.setattr("main.verify", lambda *_: during.append(status_of(copy)))
+
+    def verify(*_):
+        during.append(status_of(copy))
+
+    monkeypatch.setattr("main.verify", verify)
     assert project.run(copy, "train.enable=false", "inference.enable=false") == 0
     assert (during[0]["state"], during[0]["exit_code"]) == ("running", None)
     assert (status_of(copy)["state"], status_of(copy)["exit_code"]) == ("done", 0)

@@ -331,11 +331,10 @@ class TileReader(contextlib.AbstractContextManager):
         image, valid = scene.read(tile)
         if not valid.all():
             ids[~valid] = self.wanted.ignore_index
-        fate = fate_of(ids, valid, self.section, self.wanted, f"{self.seed} {name}")
-        if fate is not None:
-            return ReadTile(name, fate)
         label = torch.from_numpy(ids).to(self.wanted.label_dtype)
-        return ReadTile(name, MADE, self._counts(label), image, label)
+        counts = self._counts(label)
+        fate = fate_of(counts, valid, self.section, self.wanted, f"{self.seed} {name}")
+        return ReadTile(name, fate) if fate else ReadTile(name, MADE, counts, image, label)
 
     def _counts(self, label: Tensor) -> list[int]:
         wanted = self.wanted
@@ -353,24 +352,23 @@ class TileReader(contextlib.AbstractContextManager):
 
 
 def fate_of(
-    ids: np.ndarray, valid: np.ndarray, section: Prepare, wanted: Manifest, seed: str
+    counts: Sequence[int], valid: np.ndarray, section: Prepare, wanted: Manifest, seed: str
 ) -> str | None:
-    """Why a tile is left out, or None where it is kept.
+    """Why a tile is left out, or None where it is kept; counts: its labelled pixels by class.
 
     >>> from types import SimpleNamespace
-    >>> ids, valid = np.full((512, 512), 255), np.ones((512, 512), bool)
-    >>> fate_of(ids, valid, Prepare(), SimpleNamespace(ignore_index=255), "0")
+    >>> rules = SimpleNamespace(label_rules={"background": 0})
+    >>> fate_of([0, 0], np.ones((512, 512), bool), Prepare(), rules, seed="0")
     'without a labelled pixel'
     """
-    labelled = np.count_nonzero(ids != wanted.ignore_index)
+    labelled = sum(counts)
     if labelled == 0:
         return UNLABELLED
     if np.count_nonzero(valid) / valid.size < section.min_valid:
         return INVALID
-    if labelled / ids.size < section.min_labeled:
+    if labelled / valid.size < section.min_labeled:
         return SPARSE
-    background = wanted.label_rules["background"] or 0
-    if np.count_nonzero(ids == background) < labelled:
+    if counts[wanted.label_rules["background"] or 0] < labelled:
         return None
     return BACKGROUND if random.Random(seed).random() >= section.background_keep else None
 
