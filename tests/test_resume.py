@@ -14,7 +14,7 @@ from models import HEADS
 from utils.checkpoint import load_checkpoint
 from utils.engine import Step
 from utils.process import STOP
-from utils.resume import before, last_path, load
+from utils.resume import Progress, Resume, before, last_path, load
 
 ONLY_TRAIN = ("prepare.enable=false", "verify.enable=false", "inference.enable=false")
 SHAPE = {"batch_size": 2, "epochs": 2, "checkpoint_minutes": 1000.0}
@@ -160,6 +160,19 @@ def test_a_damaged_state_gives_way_to_the_one_before_it(config, monkeypatch, cap
     assert project.run(config, *ONLY_TRAIN) == 0
     assert "the state before it is tried" in capsys.readouterr().err
     assert results(config.parent / "weights") == results(config.parent / "whole")
+
+
+def test_a_damaged_state_never_takes_the_place_of_the_one_before_it(tmp_path, log):
+    resume = Resume(tmp_path / "unet_last.pth", {"seed": 1})
+    for epoch in (1, 2):
+        resume.keep(Progress(epoch=epoch))
+    (tmp_path / "unet_last.pth").write_bytes(b"half of a state")
+    again = Resume(tmp_path / "unet_last.pth", {"seed": 1})
+    assert again.find(log).epoch == 1
+    again.keep(Progress(epoch=3))
+    assert load(before(again.path))["epoch"] == 1
+    again.keep(Progress(epoch=4))
+    assert [load(path)["epoch"] for path in (before(again.path), again.path)] == [3, 4]
 
 
 def test_a_run_whose_best_weights_are_gone_starts_anew(config, capsys):

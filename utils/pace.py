@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from utils.artefacts import temporary_of
 from utils.cache import Manifest, load_tile, tile_path, write_tile
 from utils.distributed import Runtime
 from utils.logging import VerbosityLogger
@@ -126,11 +126,15 @@ def measure(
     encoded = as_cached(forward(), manifest.feature_dtype)
     parts = {part: [level[0] for level in levels] for part, levels in encoded.items()}
     label = torch.zeros(size, size, dtype=manifest.label_dtype)
-    with TemporaryDirectory(dir=folder, prefix=".pace.") as scratch:
+    scratch = temporary_of(folder / "pace")  # swept by the next run, should this one be killed
+    scratch.mkdir()
+    try:
         files = [
-            file_pace(Path(scratch), name, tiles, image=pixels[0], label=label, **held)
+            file_pace(scratch, name, tiles, image=pixels[0], label=label, **held)
             for name, held in (("features", parts), ("tiles", {}))
         ]
+    finally:
+        shutil.rmtree(scratch)
     return Pace(seconds_of(forward, FORWARD) / count, *files)
 
 

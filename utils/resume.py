@@ -109,13 +109,15 @@ class Resume:
     def __init__(self, path: Path, identity: dict[str, Any], anew: bool = False) -> None:
         self.path, self.anew = path, anew
         self.identity = json.loads(json.dumps(identity))  # as a file gives it back
+        self._sound = False  # whether the file at the path is known to be one to go back to
 
     def keep(self, progress: Progress) -> None:
         """Write the progress; the file before it stays as `before(path)`."""
         content = {"format": FORMAT, "identity": self.identity, **asdict_shallow(progress)}
-        if self.path.exists():
+        if self._sound:  # a damaged one must not take the place of the one before it
             self.path.replace(before(self.path))
         write_artefact(self.path, lambda file: torch.save(content, file))
+        self._sound = True
 
     def find(self, log: Any) -> Progress | None:
         """The progress to go on with, None where there is none.
@@ -134,6 +136,7 @@ class Resume:
                 log.warning(f"{error}; the state before it is tried")
                 continue
             self._require_same(path, content.pop("identity"))
+            self._sound = path == self.path
             return Progress(**content)
         return None
 
