@@ -9,15 +9,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 
 import torch
 
 from benchmarks.meter import MB, alternate, apart, best_batch, seconds_of, slope
-from benchmarks.rows import Row, command_line, report
+from benchmarks.rows import Row
 from benchmarks.scenes import DEGREES, pixels
 from benchmarks.workload import (
-    BACKBONES,
     TILE,
     backbone_of,
     bare_forward,
@@ -26,6 +24,8 @@ from benchmarks.workload import (
     load,
     null_prepare,
     prepare_anew,
+    rows_of_parts,
+    run_parts,
     run_prepare,
     write_project,
     write_rasters,
@@ -109,26 +109,14 @@ def growth_rows(folder: Path, name: str, runs: int) -> list[Row]:
 PARTS = {"forward": forward_rows, "null": null_rows, "growth": growth_rows}
 
 
-def measure(
-    backbone: str = "vits16", runs: int = 3, parts: Sequence[str] = tuple(PARTS)
-) -> list[Row]:
-    """The rows of the parts asked for."""
-    rows: list[Row] = []
-    for part in parts:
-        with TemporaryDirectory() as folder:
-            rows += PARTS[part](Path(folder), backbone, runs)
-    return rows
+def measure() -> list[Row]:
+    """All rows, as `python -m benchmarks` wants them."""
+    return rows_of_parts(PARTS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table and the ratio."""
-    parser = command_line(__doc__)
-    parser.add_argument("--backbone", choices=sorted(BACKBONES), default="vits16")
-    parser.add_argument("--runs", type=int, default=3, help="of what is compared, in turns")
-    parser.add_argument("--only", choices=list(PARTS), action="append", help="repeatable")
-    options = parser.parse_args(arguments)
-    report(measure(options.backbone, options.runs, options.only or tuple(PARTS)))
-    return 0
+    return run_parts(__doc__, PARTS, arguments)
 
 
 if __name__ == "__main__":

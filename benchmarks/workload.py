@@ -9,9 +9,10 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks.meter import Spent, Watched, cpu_seconds
+from benchmarks.rows import Row, command_line, report
 from benchmarks.scenes import UTM, waves, write_labels, write_scene
 from config import Config, Prepare, load_config
 from models import build_head
@@ -73,6 +75,29 @@ BACKBONES: dict[str, dict[str, int]] = {
     },
 }
 Pixels = Callable[[Tensor], Any]
+Part = Callable[[Path, str, int], list[Row]]  # folder, backbone, runs
+
+
+def rows_of_parts(
+    parts: Mapping[str, Part], backbone: str = "vits16", runs: int = 3, only: Sequence[str] = ()
+) -> list[Row]:
+    """The rows of a script's parts, all or some, each measured in a temporary folder of its own."""
+    rows: list[Row] = []
+    for name in only or parts:
+        with TemporaryDirectory() as folder:
+            rows += parts[name](Path(folder), backbone, runs)
+    return rows
+
+
+def run_parts(doc: str, parts: Mapping[str, Part], arguments: Sequence[str] | None) -> int:
+    """The command line of a script of parts: print the table and the ratio."""
+    parser = command_line(doc)
+    parser.add_argument("--backbone", choices=sorted(BACKBONES), default="vits16")
+    parser.add_argument("--runs", type=int, default=3, help="of what is compared, in turns")
+    parser.add_argument("--only", choices=list(parts), action="append", help="repeatable")
+    options = parser.parse_args(arguments)
+    report(rows_of_parts(parts, options.backbone, options.runs, options.only or ()))
+    return 0
 
 
 class NoBackbone(NamedTuple):
