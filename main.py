@@ -164,13 +164,35 @@ def prepare(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
 
 
 def verify(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
-    """Check every cached tile and delete the bad ones."""
+    """Check every cached tile, delete the bad ones, and have prepare make exactly those again."""
+    from utils.cache import CacheError
+
+    folder, making = config.verify.processed_dir, config.prepare
+    if not (deleted := verified(config, run, log)):
+        return
+    if not making.enable or making.processed_dir != folder:
+        raise CacheError(
+            f"{folder}: {len(deleted)} bad tiles were deleted; run prepare again "
+            "(prepare.enable: true), it makes exactly those"
+        )
+    prepare(config, run, log)
+    if again := verified(config, run, log, deleted):
+        raise CacheError(
+            f"{folder}: {len(again)} tiles are bad though they were just made, {again[0]} first; "
+            "look at the scenes, the backbone's weights and the disk"
+        )
+
+
+def verified(
+    config: Config, run: "Runtime", log: "VerbosityLogger", only: Sequence[str] | None = None
+) -> list[str]:
+    """The bad tiles of the cache, which are deleted."""
     from utils.data import verify
     from utils.locks import alone_in
 
     folder = config.verify.processed_dir
     with run.first(alone_in(folder, "verify.processed_dir", make=False)):
-        verify(folder, config.verify.workers, run, log)
+        return verify(folder, config.verify.workers, run, log, only)
 
 
 def train(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:

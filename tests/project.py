@@ -162,7 +162,6 @@ def manifest_of(channels: int = 32, levels: int = 2, **changes: Any) -> Manifest
         "ignore_index": IGNORE,
         "label_rules": {},
         "filters": {},
-        "labels": {},
         "class_names": [f"class {number}" for number in range(CLASSES)],
         "class_colors": COLORS.tolist(),
     }

@@ -187,7 +187,6 @@ def describe_cache(
         ignore_index=config.dataset.ignore_index,
         label_rules=asdict(sources.rules),
         filters=filters,
-        labels=labels_identity(sources.labels),
         class_names=list(legend.names),
         class_colors=[list(color) for color in legend.colors],
     )
@@ -207,17 +206,18 @@ def prepare(
         sweep(folder)
         _open_cache(folder, sources, wanted, log)
     run.wait()
+    made = read_manifest(folder)  # as the first rank claimed it: stamps need the scenes
     work = list(_work(sources, section.tile_size))[run.rank :: run.world_size]
     tally = Tally()
     with contextlib.ExitStack() as stack:
-        readers = [TileReader(sources, section, wanted, seed) for _ in range(section.readers)]
+        readers = [TileReader(sources, section, made, seed) for _ in range(section.readers)]
         hand = stack.enter_context(behind(WAITING))
         found = stack.enter_context(ahead(readers, work, 2 * section.batch_size))
         steps = log.progress(found, "prepare", total=len(work), unit="tile", every=50)
         for batch in batched(_to_make(steps, tally), section.batch_size):
             STOP.check()
             encoded = encode(np.stack([tile.image for tile in batch]))
-            hand(_write_tiles, folder, batch, encoded)
+            hand(_write_tiles, folder, made, batch, encoded)
     tally.merge(run.gather(tally))
     if run.is_main:
         _close_cache(folder, tally, sources, log)
@@ -233,12 +233,13 @@ def _to_make(found: Iterable[ReadTile], tally: Tally) -> Iterator[ReadTile]:
 
 
 def _write_tiles(
-    folder: Path, batch: Sequence[ReadTile], encoded: Mapping[str, Tensor]
+    folder: Path, made: Manifest, batch: Sequence[ReadTile], encoded: Mapping[str, Tensor]
 ) -> None:
     encoded = {part: whole.cpu() for part, whole in encoded.items()}
     for number, tile in enumerate(batch):
         parts = {part: whole[number] for part, whole in encoded.items()}
-        write_tile(folder, tile.name, torch.from_numpy(tile.image), tile.label, **parts)
+        stamp, image = made.stamp_of(tile.name), torch.from_numpy(tile.image)
+        write_tile(folder, tile.name, image, tile.label, **parts, stamp=stamp)
 
 
 def encode_on(device: torch.device, wanted: Manifest, backbone: torch.nn.Module) -> Encode:
@@ -295,7 +296,8 @@ def _open_cache(folder: Path, sources: Sources, wanted: Manifest, log: Verbosity
             open_labels(sources.labels, scene, sources.rules) as labels,
         ):
             check_values(labels, scene, tiles(scene.grid.height, scene.grid.width, 512))
-            scenes[name] = scene.identity
+            read = labels_identity([source.path for source in labels.sources])
+            scenes[name] = scene.identity | {"labels": read}
             if scene.grid.georeferenced:
                 sizes.append(ground_gsd(scene.grid))
             shape = f"{scene.grid.height}×{scene.grid.width} pixels"
@@ -303,7 +305,7 @@ def _open_cache(folder: Path, sources: Sources, wanted: Manifest, log: Verbosity
             log.debug(f"prepare: {name}: {shape}, labels from {met}")
     found = replace(claim(wanted, folder), ground_gsd=median(sizes) if sizes else None)
     for name in drop_changed(found, scenes, folder):
-        log.info(f"{name}: changed since it was cached; its tiles are made again")
+        log.info(f"{name}: it or its labels changed since; its tiles are made again")
 
 
 class TileReader(contextlib.AbstractContextManager):
@@ -384,7 +386,7 @@ def own_label(labels: Labels, tile: Tile) -> np.ndarray:
 
 def cached_label(path: Path, manifest: Manifest) -> Tensor | None:
     """The label of a tile that is cached and sound at a glance; None where it must be made."""
-    if not path.exists():
+    if not path.is_file():
         return None
     try:
         content = load_tile(path, mmap=True)
