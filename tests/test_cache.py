@@ -646,7 +646,7 @@ def test_a_new_scene_is_not_called_changed(tmp_path):
 
 
 def test_files_of_other_origin_are_no_tiles(tmp_path):
-    cached(tmp_path, "north__r000000_c000000", "a__b__r000000_c000000", "notes", "gone__r000000_c000000", f".{AT[1]}")
+    cached(tmp_path, AT[0], "a__b__r000000_c000000", "notes", "gone__r000000_c000000", f".{AT[1]}")
     cached(tmp_path, "north__r000001_c000000", "north__r000064_c000000", "north__notes")
     (tmp_path / f"{AT[1]}.txt").write_text("")
     made = replace(MADE, scenes={"north": IDENTITY, "a__b": IDENTITY})
