@@ -62,14 +62,18 @@ def test_after_close_nothing_is_written(tmp_path):
     assert (tmp_path / "run.log").read_text() == ""
 
 
-@pytest.mark.parametrize("character", ["\n", "\r", "\x1b", "\x00", "\x7f", "\x9b", "\t"])
+@pytest.mark.parametrize(
+    "character",
+    ["\n", "\r", "\x1b", "\x00", "\x7f", "\x9b", "\t", "\u2028", "\u202e", "\u200b", "\ud800"],
+)
 def test_a_message_is_one_line_whatever_is_in_it(tmp_path, character):
     log = logger(file=tmp_path / "run.log", timestamps=True)
     log.info(f"before{character}[ERROR] after")
     log.close()
+    escaped = character.encode("unicode_escape").decode()
     for text in (log.stream.getvalue(), (tmp_path / "run.log").read_bytes().decode()):
         assert text.count("\n") == 1
-        assert f"before\\x{ord(character):02x}[ERROR] after" in text
+        assert f"before{escaped}[ERROR] after" in text
 
 
 def test_percent_signs_and_braces_are_text():
