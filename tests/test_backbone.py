@@ -523,7 +523,7 @@ def test_an_unknown_model_offline_ends_the_program_with_one_line(tmp_path):
     assert done.returncode == 4
     assert "Traceback" not in done.stderr
     [line] = [line for line in done.stderr.splitlines() if "some/unknown-model" in line]
-    assert line.startswith("[ERROR] some/unknown-model: not in the local Hugging Face cache")
+    assert line.startswith("error: some/unknown-model: not in the local Hugging Face cache")
 
 
 # ---- precision ----

@@ -164,7 +164,7 @@ def predict_scenes(
     device: torch.device, log: VerbosityLogger,
 ) -> None:  # fmt: skip
     """Map every scene; finished maps are kept, failures are listed and stop nothing else."""
-    several = len(scenes) > 1 or section.output_tif.suffix == ""
+    several = in_folder(section, scenes)
     check_outputs(section, scenes, several)
     for folder in {path.parent for path in outputs_of(section, scenes[0].name, several)}:
         sweep(folder)
@@ -186,6 +186,15 @@ def predict_scenes(
         raise InferenceError(
             f"{len(failures)} of {len(scenes)} scenes were not mapped: {', '.join(failures)}"
         )
+
+
+def in_folder(section: Inference, scenes: Sequence[SceneFile]) -> bool:
+    """Whether `inference.output_tif` and its like are folders, of a file for each scene.
+
+    >>> in_folder(Inference(output_tif=Path("maps")), [SceneFile("north", Path("north.tif"))])
+    True
+    """
+    return len(scenes) > 1 or section.output_tif.suffix == ""
 
 
 def written(section: Inference) -> list[Path]:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import traceback
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -163,6 +164,23 @@ def exit_code_of(error: Exception) -> int | None:
     if isinstance(error, OSError) or out_of_memory(error):
         return 4
     return getattr(error, "exit_code", None)
+
+
+def ending_of(error: Exception) -> tuple[int, str]:
+    """The exit code of an error and what to say of it in one line.
+
+    >>> ending_of(PermissionError(13, "Permission denied", "tiles"))
+    (4, "[Errno 13] Permission denied: 'tiles'")
+    """
+    code = exit_code_of(error)
+    if code is not None:
+        return code, one_line(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return 1, (
+        f"a bug of ours: {type(error).__name__}: {error}{place}; please report it with the "
+        "traceback, which logging.file holds, and logging.level: debug shows"
+    )
 
 
 def out_of_memory(error: Exception) -> str:
