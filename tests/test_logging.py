@@ -238,11 +238,11 @@ def test_the_end_of_a_run_is_one_line_and_its_traceback_goes_to_the_file(tmp_pat
         log.fail(f"scene: {error}", error)
     log.close()
     shown = said(log)
-    assert shown[0] == "error: scene: two\\x0alines"
+    assert shown[0] == "error: scene: two\\nlines"
     assert (len(shown) > 1) == (level == "debug")
     kept = (tmp_path / "run.log").read_text().splitlines()
     assert kept[:2] == [
-        "[ERROR] scene: two\\x0alines", "[DEBUG] Traceback (most recent call last):"
+        "[ERROR] scene: two\\nlines", "[DEBUG] Traceback (most recent call last):"
     ]  # fmt: skip
     assert "[DEBUG] ValueError: two" in kept
 

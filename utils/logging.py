@@ -121,7 +121,7 @@ class VerbosityLogger:
 
         The traceback goes to the file, and at level debug to the stream as well.
         """
-        tqdm.write(f"error: {message}".translate(_CONTROL), file=self.stream)
+        tqdm.write(spelt_out(f"error: {message}"), file=self.stream)
         self.stream.flush()
         self._to_file(logging.ERROR, message)
         for line in "".join(traceback.format_exception(error)).splitlines():

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import traceback
+import warnings
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -44,6 +45,7 @@ def set_environment(config: Config) -> None:
     os.environ.setdefault("GDAL_CACHEMAX", "32")  # MB; `utils.block_cache` enlarges it
     stay_local()
     share_one_heap()
+    warnings.filterwarnings("ignore", message="Detected pickle protocol")  # torch, of damaged files
 
 
 def stay_local() -> None:
