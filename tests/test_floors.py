@@ -8,11 +8,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"utils.artefacts"},
+    {"utils.artefacts", "utils.limits", "utils.formats"},
     {
         "utils.strict_yaml", "utils.key_rules", "utils.tiling", "utils.cache", "utils.sampling",
         "utils.losses", "utils.metrics", "utils.optim", "utils.logging", "utils.landscape",
-        "utils.turns", "utils.streaming", "utils.quantize", "utils.locks", "models.blocks",
+        "utils.turns", "utils.streaming", "utils.quantize", "utils.locks", "utils.vrt",
+        "models.blocks",
     },
     {
         "utils.key_faults", "utils.journal", "utils.raster", "utils.footprints", "utils.blending",

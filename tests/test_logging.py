@@ -62,14 +62,18 @@ def test_after_close_nothing_is_written(tmp_path):
     assert (tmp_path / "run.log").read_text() == ""
 
 
-@pytest.mark.parametrize("character", ["\n", "\r", "\x1b", "\x00", "\x7f", "\x9b", "\t"])
+@pytest.mark.parametrize(
+    "character",
+    ["\n", "\r", "\x1b", "\x00", "\x7f", "\x9b", "\t", "\u2028", "\u202e", "\u200b", "\ud800"],
+)
 def test_a_message_is_one_line_whatever_is_in_it(tmp_path, character):
     log = logger(file=tmp_path / "run.log", timestamps=True)
     log.info(f"before{character}[ERROR] after")
     log.close()
+    escaped = character.encode("unicode_escape").decode()
     for text in (log.stream.getvalue(), (tmp_path / "run.log").read_bytes().decode()):
         assert text.count("\n") == 1
-        assert f"before\\x{ord(character):02x}[ERROR] after" in text
+        assert f"before{escaped}[ERROR] after" in text
 
 
 def test_percent_signs_and_braces_are_text():
@@ -234,11 +238,11 @@ def test_the_end_of_a_run_is_one_line_and_its_traceback_goes_to_the_file(tmp_pat
         log.fail(f"scene: {error}", error)
     log.close()
     shown = said(log)
-    assert shown[0] == "error: scene: two\\x0alines"
+    assert shown[0] == "error: scene: two\\nlines"
     assert (len(shown) > 1) == (level == "debug")
     kept = (tmp_path / "run.log").read_text().splitlines()
     assert kept[:2] == [
-        "[ERROR] scene: two\\x0alines", "[DEBUG] Traceback (most recent call last):"
+        "[ERROR] scene: two\\nlines", "[DEBUG] Traceback (most recent call last):"
     ]  # fmt: skip
     assert "[DEBUG] ValueError: two" in kept
 

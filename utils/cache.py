@@ -8,6 +8,7 @@ manifest says how they were made; a cache made in another way is refused, not mi
 """
 
 import errno
+import hashlib
 import io
 import json
 import pickle
@@ -23,9 +24,11 @@ import torch
 from torch import Tensor
 
 from utils.artefacts import checked_zip, write_artefact
+from utils.limits import MEBIBYTE, limited_bytes
 
 MANIFEST = "manifest.json"
 FORMAT = 3
+LARGEST_MANIFEST = 1024 * MEBIBYTE  # some millions of tiles
 FEATURE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 # what torch and zipfile raise on bytes that are not what torch.save wrote
 DAMAGE = (
@@ -147,8 +150,9 @@ KEYS = {
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
-    """Write manifest.json."""
-    text = json.dumps(asdict(manifest), indent=2)
+    """Write manifest.json, with the checksum of what it says."""
+    content = asdict(manifest)
+    text = json.dumps(content | {"checksum": checksum_of(content)}, indent=2)
     write_artefact(folder / MANIFEST, f"{text}\n".encode())
 
 
@@ -158,12 +162,24 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise CacheError(f"{path}: no such file; run prepare first (prepare.enable: true)")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(limited_bytes(path, LARGEST_MANIFEST))
+        checksum = content.pop("checksum", None)
         if content.get("format") != FORMAT or set(content) != {f.name for f in fields(Manifest)}:
             raise ValueError(f"format {content.get('format')!r}, expected {FORMAT}")
+        if checksum != checksum_of(content):
+            raise ValueError("damaged: it is not what its checksum is of")
         return Manifest(**content)
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise CacheError(f"{path}: not a manifest ({error}); delete {folder}") from error
+
+
+def checksum_of(content: dict[str, Any]) -> str:
+    """SHA-256 of what a manifest says, however it is laid out.
+
+    >>> checksum_of({"tile_size": 64})[:12]
+    '2ee90093df66'
+    """
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def claim(wanted: Manifest, folder: Path) -> Manifest:

@@ -16,16 +16,17 @@ from typing import TextIO, TypeVar
 
 from tqdm import tqdm
 
+from utils.limits import spelt_out
+
 Item = TypeVar("Item")
 
 LEVELS = {"error": logging.ERROR, "info": logging.INFO, "debug": logging.DEBUG}
 SILENT = logging.CRITICAL + 1
 STOPPED = 75  # the exit code of a run that a signal ended
-_CONTROL = {code: f"\\x{code:02x}" for code in [*range(32), 127, *range(128, 160)]}
 
 
 def say(text: str = "") -> None:
-    """Print one line on standard output: the answer of a command, not part of the log.
+    """Print on standard output: the answer of a command, not part of the log.
 
     >>> say("backbone: ./backbone")
     backbone: ./backbone
@@ -34,8 +35,9 @@ def say(text: str = "") -> None:
 
 
 def complain(text: str) -> None:
-    """Print on standard error, where no logger exists yet or any more."""
-    print(text, file=sys.stderr, flush=True)  # noqa: T201
+    """Print lines on standard error, where no logger exists yet or any more."""
+    lines = "\n".join(spelt_out(line) for line in text.split("\n"))
+    print(lines, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def launched_rank() -> int:
@@ -61,7 +63,7 @@ class _OneLine(logging.Formatter):
     """A record as one line, whatever a file name or an error text brings along."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return super().format(record).translate(_CONTROL)
+        return spelt_out(super().format(record))
 
 
 class _BesideBars(logging.StreamHandler):
@@ -119,7 +121,7 @@ class VerbosityLogger:
 
         The traceback goes to the file, and at level debug to the stream as well.
         """
-        tqdm.write(f"error: {message}".translate(_CONTROL), file=self.stream)
+        tqdm.write(spelt_out(f"error: {message}"), file=self.stream)
         self.stream.flush()
         self._to_file(logging.ERROR, message)
         for line in "".join(traceback.format_exception(error)).splitlines():
@@ -169,7 +171,8 @@ class VerbosityLogger:
         if not self._logger.isEnabledFor(logging.INFO):
             yield from items
         elif self.stream.isatty():
-            yield from tqdm(items, label, total, unit=unit, file=self.stream, leave=False)
+            shown = spelt_out(label)
+            yield from tqdm(items, shown, total, unit=unit, file=self.stream, leave=False)
         else:
             yield from self._lines(items, label, total, unit, every)
 

@@ -7,12 +7,14 @@ import os
 import signal
 import socket
 import traceback
+import warnings
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
 from config import Config
 from utils.artefacts import write_artefact
+from utils.limits import spelt_out
 
 STATES = {
     0: "done",
@@ -24,6 +26,10 @@ STATES = {
     75: "stopped, run again",
 }
 M_ARENA_MAX = -8  # of malloc.h
+ONLINE = (  # GDAL's drivers that reach into the net, or open what other drivers do
+    "WMS WMTS WCS HTTP EEDA EEDAI PLMOSAIC STACIT STACTA DAAS OGCAPI WFS OAPIF CSW Elasticsearch "
+    "Carto AmigoCloud PLSCENES NGW GDALG ADBC"
+)
 SIGNALS = [
     getattr(signal, name)
     for name in ("SIGINT", "SIGTERM", "SIGUSR1")
@@ -32,12 +38,23 @@ SIGNALS = [
 
 
 def set_environment(config: Config) -> None:
-    """Thread counts and cache sizes, before the libraries that read them are imported."""
+    """Thread counts, cache sizes and limits, before the libraries that read them are imported."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     os.environ["OMP_NUM_THREADS"] = str(min(config.resources.omp_threads, share))
     os.environ.setdefault("GDAL_CACHEMAX", "32")  # MB; `utils.block_cache` enlarges it
+    stay_local()
     share_one_heap()
+    warnings.filterwarnings("ignore", message="Detected pickle protocol")  # torch, of damaged files
+
+
+def stay_local() -> None:
+    """Keep GDAL off the net and off Python code, whatever a raster or a file beside it names."""
+    skipped = os.environ.get("GDAL_SKIP", "")
+    if ONLINE not in skipped:
+        os.environ["GDAL_SKIP"] = f"{skipped} {ONLINE}".strip()
+    os.environ["CPL_VSIL_CURL_ALLOWED_FILENAME"] = "none"  # so no address is one
+    os.environ["GDAL_VRT_ENABLE_PYTHON"] = "NO"
 
 
 def share_one_heap() -> None:
@@ -192,4 +209,4 @@ def one_line(error: Exception) -> str:
     text = out_of_memory(error) or str(error).strip()
     if "Original Traceback" in text:
         text = text.splitlines()[-1].partition("Error: ")[2]
-    return text
+    return spelt_out(text)
