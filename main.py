@@ -116,7 +116,7 @@ def run_phases(config: Config, log: "VerbosityLogger") -> None:
     from utils.block_cache import make_room
     from utils.distributed import distributed
     from utils.logging import TimedBlock
-    from utils.process import STOP
+    from utils.process import STOP, within_memory
 
     make_room(config)
     torch.set_float32_matmul_precision(config.resources.matmul_precision)
@@ -124,12 +124,12 @@ def run_phases(config: Config, log: "VerbosityLogger") -> None:
         for phase in (prepare, verify, train):
             STOP.check()
             if getattr(config, phase.__name__).enable:
-                with TimedBlock(log, phase.__name__):
+                with TimedBlock(log, phase.__name__), within_memory(phase.__name__):
                     phase(config, run, log)
     # the group is left by now: nobody should wait in it while one rank maps a scene for hours
     STOP.check()
     if run.is_main and config.inference.enable:
-        with TimedBlock(log, "inference"):
+        with TimedBlock(log, "inference"), within_memory("inference"):
             inference(config, run, log)
 
 
