@@ -19,14 +19,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from config import Config, ConfigError, find_config, load_config, to_yaml
+from utils.logging import TimedBlock, VerbosityLogger, complain, launched_rank, say
 
 if TYPE_CHECKING:
-    import torch
-
-    from utils.cache import Manifest
     from utils.distributed import Runtime
-    from utils.engine import Encode
-    from utils.logging import VerbosityLogger
+    from utils.phases import Phase
 
 # Imports of torch and everything above it stand inside the functions that need them: `--help` and a
 # wrong configuration answer at once, and thread counts are set before torch reads them.
@@ -40,8 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ...     main(["no-such.yml"]), "no-such.yml" in said.getvalue()
     (2, True)
     """
-    from utils.logging import complain, launched_rank, say
-
     options = parse(arguments)
     try:
         config = load_config(find_config(options.config), options.set)
@@ -78,30 +73,28 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def guarded(config: Config) -> int:
     """Run the phases; what goes wrong becomes one line and the exit code of its kind."""
-    from utils.logging import VerbosityLogger, complain, launched_rank
-    from utils.process import exit_code_of, one_line, set_environment, stoppable, write_status
+    from utils.process import ending_of, set_environment, stoppable, write_status
 
     rank, section = launched_rank(), config.logging
     set_environment(config)
     try:
         log = VerbosityLogger(section.level, section.timestamps, section.file, silent=rank > 0)
     except OSError as error:
-        complain(f"[ERROR] logging.file: {error}")
+        complain(f"error: logging.file: {error}")
         return 4
     code, said, status = 1, "", partial(write_status, config.train.weights_dir)
-    tell = log.error if rank == 0 else lambda text: complain(f"[ERROR] rank {rank}: {text}")
     try:
         if rank == 0:
             status(None)
         with stoppable():
             run_phases(config, log)
         code = 0
-    except Exception as error:
-        said, known = one_line(error), exit_code_of(error)
-        if known is None:
-            raise
-        code = known
-        (log.error if getattr(error, "everywhere", False) else tell)(said)
+    except Exception as error:  # noqa: BLE001  what it is decides on the exit code
+        code, said = ending_of(error)
+        if rank == 0:
+            log.fail(said, error)
+        elif not getattr(error, "everywhere", False):
+            log.fail(f"rank {rank}: {said}", error)
     finally:
         if rank == 0:
             status(code, said)
@@ -109,182 +102,38 @@ def guarded(config: Config) -> int:
     return code
 
 
-def run_phases(config: Config, log: "VerbosityLogger") -> None:
+def run_phases(config: Config, log: VerbosityLogger) -> None:
     """Prepare, verify and train among the ranks; then the first one infers."""
     import torch
 
+    from utils import phases
     from utils.block_cache import make_room
     from utils.distributed import distributed
-    from utils.logging import TimedBlock
-    from utils.process import STOP
+    from utils.preflight import cache_held, look_ahead, weights_held
 
     make_room(config)
     torch.set_float32_matmul_precision(config.resources.matmul_precision)
     with distributed(config.resources) as run:
-        for phase in (prepare, verify, train):
-            STOP.check()
-            if getattr(config, phase.__name__).enable:
-                with TimedBlock(log, phase.__name__):
-                    phase(config, run, log)
+        if run.is_main:
+            look_ahead(config)
+        with weights_held(config, run):
+            with cache_held(config, run):
+                enter(phases.prepare, config, run, log)
+                enter(phases.verify, config, run, log)
+            enter(phases.train, config, run, log)
     # the group is left by now: nobody should wait in it while one rank maps a scene for hours
+    if run.is_main:
+        enter(phases.inference, config, run, log)
+
+
+def enter(phase: "Phase", config: Config, run: "Runtime", log: VerbosityLogger) -> None:
+    """Run a phase that is enabled, unless a signal has come in."""
+    from utils.process import STOP, within_memory
+
     STOP.check()
-    if run.is_main and config.inference.enable:
-        with TimedBlock(log, "inference"):
-            inference(config, run, log)
-
-
-def prepare(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
-    """Cache the frozen features of every labelled tile."""
-    from models.backbone import build_backbone, describe_backbone
-    from utils.distributed import compiled, device_reason
-    from utils.locks import alone_in
-    from utils.pace import settle_cache
-    from utils.prepare import count_tiles, describe_cache, encode_on, find_sources, prepare
-    from utils.quantize import HALF
-
-    device = run.device(config.prepare.device)
-    log.info(f"prepare: {device_reason(config.prepare.device, device)}")
-    sources = find_sources(config)
-    spec = describe_backbone(config.model, sources.reading.bands, config.dataset.rgb)
-    for remark in spec.remarks:
-        log.warning(remark)
-    backbone = build_backbone(config.model, spec, HALF[config.prepare.feature_dtype])
-    log.info(f"prepare: {spec.name}, blocks {list(spec.layers)}, mean {list(spec.image_mean)}")
-    log.info(f"prepare: {sources.reading.line()}")
-    manifest, section = describe_cache(config, sources, backbone, device), config.prepare
-    backbone.to(device).compute_in(manifest.precision)
-    if config.dataset.cache == "auto":
-        manifest = settle_cache(
-            manifest, section.processed_dir, backbone, device, section.batch_size,
-            count_tiles(sources, section.tile_size), config.train.epochs, run, log,
-        )  # fmt: skip
-    encode = encode_on(device, manifest, compiled(backbone, config.resources.compile, device, log))
-    with run.first(alone_in(section.processed_dir, "prepare.processed_dir")):
-        prepare(section, sources, manifest, encode, config.resources.seed, run, log)
-
-
-def verify(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
-    """Check every cached tile, delete the bad ones, and have prepare make exactly those again."""
-    from utils.cache import CacheError
-
-    folder, making = config.verify.processed_dir, config.prepare
-    if not (deleted := verified(config, run, log)):
-        return
-    if not making.enable or making.processed_dir != folder:
-        raise CacheError(
-            f"{folder}: {len(deleted)} bad tiles were deleted; run prepare again "
-            "(prepare.enable: true), it makes exactly those"
-        )
-    prepare(config, run, log)
-    if again := verified(config, run, log, deleted):
-        raise CacheError(
-            f"{folder}: {len(again)} tiles are bad though they were just made, {again[0]} first; "
-            "look at the scenes, the backbone's weights and the disk"
-        )
-
-
-def verified(
-    config: Config, run: "Runtime", log: "VerbosityLogger", only: Sequence[str] | None = None
-) -> list[str]:
-    """The bad tiles of the cache, which are deleted."""
-    from utils.data import verify
-    from utils.locks import alone_in
-
-    folder = config.verify.processed_dir
-    with run.first(alone_in(folder, "verify.processed_dir", make=False)):
-        return verify(folder, config.verify.workers, run, log, only)
-
-
-def train(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
-    """Fit the head to the cached tiles and keep the weights with the best validation mIoU."""
-    import torch
-
-    from models import build_head
-    from models.backbone import Normalize
-    from utils.checkpoint import require_cache
-    from utils.data import load_split, make_loaders
-    from utils.distributed import device_reason
-    from utils.engine import best_path, fit, keep_best
-    from utils.locks import alone_in
-    from utils.resume import Resume, identity_of, last_path
-
-    section, name, seed = config.train, config.model.head, config.resources.seed
-    manifest, split = load_split(section, config.dataset.splits, seed, run, log)
-    require_cache(config, manifest)
-    device = run.device(section.device)
-    log.info(f"train: {device_reason(section.device, device)}")
-    encode = live_features(config, manifest, device, log) if manifest.cache == "tiles" else None
-    loaders = make_loaders(split, manifest, section, config.dataset.augmentations, seed, run)
-    torch.manual_seed(seed)  # here, so that a head starts alike whether prepare ran before or not
-    head = build_head(
-        name, manifest.channels, len(manifest.layers), manifest.num_classes, len(manifest.bands)
-    )
-    log.info(f"train: {name}, {sum(p.numel() for p in head.parameters()) / 1e6:.2f} M parameters")
-    normalize = Normalize(manifest.image_mean, manifest.image_std)
-    save = keep_best(best_path(section.weights_dir, name), name, manifest, to_yaml(config))
-    identity = identity_of(
-        name, section, manifest, config.dataset.augmentations, seed, split.train, split.val,
-        run.world_size,
-    )  # fmt: skip
-    resume = Resume(last_path(section.weights_dir, name), identity, section.resume == "never")
-    with run.first(alone_in(section.weights_dir, "train.weights_dir")):
-        best = fit(
-            head, normalize, loaders, section, manifest, run, device, save, log, encode, resume
-        )
-    log.info(f"best validation mIoU {best.score.miou:.4f} in epoch {best.epoch}: {best.path}")
-
-
-def live_features(
-    config: Config, manifest: "Manifest", device: "torch.device", log: "VerbosityLogger"
-) -> "Encode":
-    """The backbone that a cache of tiles was made for: normalised images to feature maps."""
-    from models.backbone import build_backbone, describe_backbone
-    from utils.checkpoint import require_backbone
-    from utils.quantize import HALF, rounding
-
-    spec = describe_backbone(
-        config.model, manifest.bands, config.dataset.rgb or manifest.rgb_bands
-    )
-    backbone = build_backbone(config.model, spec, HALF[manifest.feature_dtype]).to(device)
-    require_backbone(config.train.processed_dir, manifest, backbone)
-    backbone.compute_in(manifest.precision)
-    log.info(f"train: tiles are cached without features; {spec.name} runs in every step")
-    rounded = rounding(manifest.feature_dtype)
-    return lambda image: rounded(backbone.encode(image))
-
-
-def inference(config: Config, run: "Runtime", log: "VerbosityLogger") -> None:
-    """Map scenes with the best head, or the one that inference.checkpoint names."""
-    from models import build_head
-    from models.backbone import build_backbone, describe_backbone
-    from models.segmenter import Segmenter
-    from utils.checkpoint import load_checkpoint, load_weights, precision_as_trained, require_fit
-    from utils.distributed import compiled, device_reason
-    from utils.engine import best_path
-    from utils.inference import predict_scenes, trained_as, written
-    from utils.quantize import HALF, rounding
-    from utils.scenes import find_scenes
-
-    section = config.inference
-    scenes, _ = find_scenes(section.input_tif, "inference.input_tif", except_in=written(section))
-    device = run.device(section.device)
-    log.info(f"inference: {device_reason(section.device, device)}")
-    path = section.checkpoint or best_path(config.train.weights_dir, config.model.head)
-    checkpoint = load_checkpoint(path)
-    bands, rgb = checkpoint.bands, config.dataset.rgb or checkpoint.rgb_bands
-    spec = describe_backbone(config.model, bands, rgb)
-    backbone = build_backbone(config.model, spec, HALF[checkpoint.feature_dtype])
-    require_fit(path, checkpoint, config, backbone)
-    precision = precision_as_trained(path, checkpoint, config.resources.precision, device, log)
-    head = build_head(
-        checkpoint.head, checkpoint.channels, checkpoint.levels, checkpoint.num_classes, len(bands)
-    )
-    load_weights(head, checkpoint, path)
-    segmenter = Segmenter(backbone, head, rounding(checkpoint.feature_dtype)).eval().to(device)
-    segmenter.compute_in(precision)
-    trained = trained_as(checkpoint, path, section, precision)
-    network = compiled(segmenter, config.resources.compile, device, log)
-    predict_scenes(section, scenes, network, trained, device, log)
+    if getattr(config, phase.__name__).enable:
+        with TimedBlock(log, phase.__name__), within_memory(phase.__name__):
+            phase(config, run, log)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,17 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # LVD-1689M checkpoin
 SAT493M = ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))  # SAT-493M checkpoints
 UNUSABLE = (OSError, ValueError, TypeError, LookupError, ArithmeticError)  # what odd files raise
 SHAPING = ("num_attention_heads", "rope_theta", "layer_norm_eps", "hidden_act", "use_gated_mlp")
+LONGEST_JSON = 2**20  # bytes
+LARGEST = {  # numbers in config.json; the largest DINOv3 has 4096, 8192, 40, 32 and 4
+    "hidden_size": 2**15,
+    "intermediate_size": 2**17,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 2**10,
+    "num_register_tokens": 2**12,
+    "patch_size": 2**10,
+    "image_size": 2**20,
+    "num_channels": 2**12,
+}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GATED = "https://huggingface.co/{name}"
 
@@ -155,6 +166,7 @@ def describe_backbone(
     """
     from transformers import AutoConfig
 
+    require_possible(section.backbone)
     own = _from_hub(section.backbone, AutoConfig)
     if own.model_type != "dinov3_vit":
         raise ConfigError(
@@ -183,6 +195,61 @@ def describe_backbone(
         section.backbone, layers, own.hidden_size, own.patch_size,
         for_bands(mean, places, len(bands)), for_bands(std, places, len(bands)), places, remarks,
     )  # fmt: skip
+
+
+def require_possible(name: str) -> None:
+    """Refuse a config.json of numbers that no backbone has, before memory is taken for them.
+
+    Weights cannot have fewer bytes than numbers: a local folder's files tell what they can hold.
+    """
+    from transformers.utils import cached_file
+
+    _require_folder(name)
+    try:
+        own = own_json(Path(cached_file(name, "config.json") or name))
+    except OSError:
+        return  # what keeps it from being had is told where it is loaded
+    except (ValueError, RecursionError) as error:
+        raise BackboneError(explain(name, error)) from error
+    for key, most in LARGEST.items():
+        found = own.get(key, 0)
+        if isinstance(found, int) and abs(found) > most:
+            raise BackboneError(
+                f"{name}: cannot be loaded (config.json has {key} {str(found)[:40]}, at most "
+                f"{most} is read); download it again"
+            )
+    files = list(Path(name).glob("*.safetensors"))
+    numbers, room = weights_claimed(own), sum(file.stat().st_size for file in files)
+    if files and numbers > room:
+        raise BackboneError(
+            f"{name}: cannot be loaded (config.json calls for {numbers} weights, more than its "
+            f".safetensors files have bytes, {room}); download it again"
+        )
+
+
+def own_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a backbone, which is a small one with an object in it."""
+    with path.open("rb") as file:
+        text = file.read(LONGEST_JSON + 1)
+    if len(text) > LONGEST_JSON:
+        raise ValueError(f"{path.name} is larger than {LONGEST_JSON} bytes")
+    content = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} is no JSON object")
+    return content
+
+
+def weights_claimed(own: dict[str, Any]) -> int:
+    """The fewest numbers that the blocks of a config.json's network hold.
+
+    >>> weights_claimed({"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12})
+    21233664
+    """
+    sizes = [own.get(key) for key in ("num_hidden_layers", "hidden_size", "intermediate_size")]
+    if not all(isinstance(size, int) for size in sizes):
+        return 0
+    blocks, hidden, wide = sizes
+    return blocks * hidden * (4 * hidden + 2 * wide)
 
 
 def rgb_places(bands: Sequence[int], rgb: Sequence[int] | None) -> tuple[int, ...]:
@@ -285,11 +352,10 @@ def _saved_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] 
     from transformers.utils import cached_file
 
     try:
-        path = cached_file(name, "preprocessor_config.json")
-        saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        saved = own_json(Path(cached_file(name, "preprocessor_config.json")))
         mean, std = (tuple(map(float, saved[key])) for key in ("image_mean", "image_std"))
         return (mean, std) if len(mean) == len(std) == 3 and min(std) > 0 else None
-    except (OSError, KeyError, TypeError, ValueError):
+    except (OSError, KeyError, TypeError, ValueError, RecursionError):
         return None
 
 
@@ -301,12 +367,16 @@ def _from_hub(name: str, kind: Any, **options: Any) -> Any:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if Path(name).is_absolute() and not Path(name).is_dir():
-        raise BackboneError(f"{name}: no such folder (model.backbone)")
+    _require_folder(name)
     try:
         return kind.from_pretrained(name, trust_remote_code=False, **options)
     except (*UNUSABLE, SafetensorError, StrictDataclassError) as error:
         raise BackboneError(explain(name, error)) from error
+
+
+def _require_folder(name: str) -> None:
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise BackboneError(f"{name}: no such folder (model.backbone)")
 
 
 def explain(name: str, error: BaseException) -> str:

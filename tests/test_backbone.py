@@ -413,6 +413,22 @@ def damage_pickle(folder):
     (folder / "model.safetensors").unlink()
 
 
+def resized(**sizes):
+    def damage(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | sizes))
+
+    return damage
+
+
+def damage_nested(folder):
+    (folder / "config.json").write_text("[" * 10**5)
+
+
+def damage_endless(folder):
+    (folder / "config.json").write_text(" " * 2**21)
+
+
 def damage_config(folder):
     (folder / "config.json").write_text("{")
 
@@ -437,7 +453,9 @@ def damage_code(folder):
 @pytest.mark.parametrize(
     "damage",
     [damage_half, damage_pointer, damage_pickle, damage_config, damage_no_config, damage_types,
-     damage_activation, damage_code],
+     damage_activation, damage_code, damage_nested, damage_endless,
+     resized(num_hidden_layers=10**9), resized(hidden_size=10**9), resized(hidden_size=10**99),
+     resized(num_register_tokens=10**10), resized(num_hidden_layers=1000, hidden_size=2**15)],
 )  # fmt: skip
 def test_a_damaged_or_unsafe_folder_is_refused_in_one_line(copied, damage, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked a question"))
@@ -523,7 +541,7 @@ def test_an_unknown_model_offline_ends_the_program_with_one_line(tmp_path):
     assert done.returncode == 4
     assert "Traceback" not in done.stderr
     [line] = [line for line in done.stderr.splitlines() if "some/unknown-model" in line]
-    assert line.startswith("[ERROR] some/unknown-model: not in the local Hugging Face cache")
+    assert line.startswith("error: some/unknown-model: not in the local Hugging Face cache")
 
 
 # ---- precision ----

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 import config as module
 from config import Config, ConfigError, find_config, json_schema, load_config, schema_text, to_yaml
-from utils.strict_yaml import one_line
+from utils.limits import spelt_out
 
 ROOT = Path(module.__file__).parent
 REGENERATE = (
@@ -58,6 +58,7 @@ inference: {enable: false, input_tif: null, output_tif: null, checkpoint: null, 
 OURS = {
     "resources.precision": "auto",
     "resources.compile": False,
+    "resources.timeout_minutes": 30.0,
     "dataset.cache": "features",
     "dataset.bands": None,
     "dataset.rgb": None,
@@ -531,8 +532,10 @@ ALIASES_OF_ALIASES = "a: &a [1, 1, 1, 1, 1, 1]\n" + "".join(
         ("train:\n  a: b: c\n", "2:7: not valid YAML: mapping values are not allowed here"),
         ("a: 1\nb: \x07\n", "2:4: not valid YAML: found '\\x07'"),
         ("a: *b\n", "1:4: not valid YAML: found undefined alias 'b'"),
-        ("[" * 3000, "1:1: nested too deeply"),
-        ("train: &a [*a]\n", "nested too deeply"),
+        ("[" * 3000, "1:17: nested over 16 deep"),
+        ("train: &a [*a]\n", "nested over 16 deep"),
+        ("a: [" + "b, " * 12000 + "]\n", "over 5000 values"),
+        ("a: [" + "b," * 2**20 + "]\n", ": larger than 1 MiB"),
         (ALIASES_OF_ALIASES, "over 5000 values"),
         ("train: !!python/object/apply:os.getcwd []\n", "1:8: train: found the tag tag:yaml.org"),
         ("train: {epochs: !!int x}\n", "1:17: train.epochs: found the tag"),
@@ -702,7 +705,7 @@ def test_an_override_can_empty_a_path(write):
 )
 def test_a_faulty_override_is_told_with_its_argument(write, override, fault):
     (line,) = faults(write(PATHS), [override])
-    assert line.startswith(f"--set {one_line(override)}: {fault}")
+    assert line.startswith(f"--set {spelt_out(override)}: {fault}")
 
 
 def test_a_fault_of_a_replaced_list_is_not_told(write):

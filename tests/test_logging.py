@@ -62,14 +62,18 @@ def test_after_close_nothing_is_written(tmp_path):
     assert (tmp_path / "run.log").read_text() == ""
 
 
-@pytest.mark.parametrize("character", ["\n", "\r", "\x1b", "\x00", "\x7f", "\x9b", "\t"])
+@pytest.mark.parametrize(
+    "character",
+    ["\n", "\r", "\x1b", "\x00", "\x7f", "\x9b", "\t", "\u2028", "\u202e", "\u200b", "\ud800"],
+)
 def test_a_message_is_one_line_whatever_is_in_it(tmp_path, character):
     log = logger(file=tmp_path / "run.log", timestamps=True)
     log.info(f"before{character}[ERROR] after")
     log.close()
+    escaped = character.encode("unicode_escape").decode()
     for text in (log.stream.getvalue(), (tmp_path / "run.log").read_bytes().decode()):
         assert text.count("\n") == 1
-        assert f"before\\x{ord(character):02x}[ERROR] after" in text
+        assert f"before{escaped}[ERROR] after" in text
 
 
 def test_percent_signs_and_braces_are_text():
@@ -182,13 +186,13 @@ def test_a_block_says_when_it_starts_and_how_long_it_took(monkeypatch):
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
-def test_a_block_that_fails_says_so_at_every_level_and_passes_the_error_on(monkeypatch, error):
+def test_a_block_that_fails_says_so_and_passes_the_error_on(monkeypatch, error):
     clock = iter([0.0, 2.5])
     monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
-    log = logger("error")
+    log = logger("info")
     with pytest.raises(type(error)), TimedBlock(log, "train"):
         raise error
-    assert said(log) == ["[ERROR] train: failed after 2.50 s"]
+    assert said(log)[1:] == ["[INFO] train: failed after 2.50 s"]
 
 
 @pytest.mark.parametrize(
@@ -223,3 +227,27 @@ def test_a_log_file_that_cannot_be_made_is_an_os_error(tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(OSError, match="taken"):
         logger(file=Path(tmp_path / "taken" / "run.log"))
+
+
+@pytest.mark.parametrize("level", ["error", "debug"])
+def test_the_end_of_a_run_is_one_line_and_its_traceback_goes_to_the_file(tmp_path, level):
+    log = logger(level, file=tmp_path / "run.log")
+    try:
+        raise ValueError("two\nlines")
+    except ValueError as error:
+        log.fail(f"scene: {error}", error)
+    log.close()
+    shown = said(log)
+    assert shown[0] == "error: scene: two\\nlines"
+    assert (len(shown) > 1) == (level == "debug")
+    kept = (tmp_path / "run.log").read_text().splitlines()
+    assert kept[:2] == [
+        "[ERROR] scene: two\\nlines", "[DEBUG] Traceback (most recent call last):"
+    ]  # fmt: skip
+    assert "[DEBUG] ValueError: two" in kept
+
+
+def test_a_silent_rank_tells_its_end_all_the_same():
+    log = logger("info", silent=True)
+    log.fail("rank 1: no memory", MemoryError())
+    assert said(log) == ["error: rank 1: no memory"]

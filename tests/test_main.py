@@ -21,7 +21,10 @@ import yaml
 import main
 from config import Model, load_config
 from models import HEADS
-from models.backbone import write_random_backbone
+from models.backbone import DinoBackbone, write_random_backbone
+from models.base import SegmentationHead
+from models.segmenter import Segmenter
+from utils import phases
 from utils.data import PrecomputedDataset
 from utils.distributed import Runtime
 from utils.process import one_line
@@ -236,7 +239,7 @@ def test_the_group_of_ranks_is_left_before_a_scene_is_mapped(copy, monkeypatch):
         monkeypatch.setenv(name, value)
     joined = {}
     for phase in ("train", "inference"):
-        monkeypatch.setattr(main, phase, recorder_of(phase, joined))
+        monkeypatch.setattr(phases, phase, recorder_of(phase, joined))
     gloo = ("resources.distributed=true", "resources.dist_backend=gloo")
     assert project.run(copy, *gloo, "prepare.enable=false", "verify.enable=false") == 0
     assert joined == {"train": True, "inference": False}
@@ -250,6 +253,16 @@ def recorder_of(phase, joined):
 
     noted.__name__ = phase
     return noted
+
+
+@pytest.mark.parametrize("wanted", ["highest", "medium"])
+def test_products_of_float32_have_the_configured_precision(copy, monkeypatch, wanted):
+    found, told = [], torch.get_float32_matmul_precision
+    before = told()
+    monkeypatch.setattr(main, "enter", lambda *_: found.append(told()))
+    assert project.run(copy, f"resources.matmul_precision={wanted}") == 0
+    torch.set_float32_matmul_precision(before)
+    assert set(found) == {wanted}
 
 
 # ---- the command line ----
@@ -294,10 +307,10 @@ assert "torchrun" in out.getvalue()
 heavy = {"torch", "rasterio", "transformers", "numpy"} & set(sys.modules)
 assert not heavy, heavy
 seen = []
-def prepare(config, run, log):
+def enter(phase, *_):
     import torch
-    seen.append((os.environ["OMP_NUM_THREADS"], torch.get_num_threads()))
-main.prepare = prepare
+    seen.append((phase.__name__, os.environ["OMP_NUM_THREADS"], torch.get_num_threads()))
+main.enter = enter
 assert main.main([config, "--set", "resources.omp_threads=1"]) == 0
 print(seen)
 """
@@ -308,10 +321,11 @@ def test_torch_is_imported_late_and_with_the_configured_threads(tmp_path):
     text += "verify: {enable: false}\ntrain: {enable: false}\n"
     (tmp_path / "config.yml").write_text(text)
     (tmp_path / "bad.yml").write_text("trian: {}\n")
+    (tmp_path / "a").mkdir()
     command = [project.PYTHON, "-c", LAZY, "config.yml", "bad.yml"]
     result = project.start(command, tmp_path, OMP_NUM_THREADS="2")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "[('1', 1)]"
+    assert "('prepare', '1', 1)" in result.stdout
 
 
 def test_help_comes_at_once(tmp_path):
@@ -344,11 +358,10 @@ def test_three_misspelt_keys_and_a_wrong_type_are_four_lines(tmp_path, capsys):
 
 
 def one_error(capsys):
-    """The reason of a failed run: the only error but for the phase's own end."""
-    errors = [line for line in said(capsys) if line.startswith("[ERROR] ")]
-    reasons = [line for line in errors if not re.search(r": failed after [\d.]+ s$", line)]
-    assert len(reasons) == 1, errors
-    return reasons[0].removeprefix("[ERROR] ")
+    """The reason of a failed run."""
+    errors = [line for line in said(capsys) if line.startswith(("error: ", "[ERROR] "))]
+    assert len(errors) == 1, errors
+    return errors[0].removeprefix("error: ")
 
 
 def test_a_missing_label_file_is_3(copy, capsys):
@@ -448,44 +461,89 @@ def test_a_killed_loader_process_is_4(copy, capsys, monkeypatch):
     assert "a worker process was killed, mostly for want of memory" in one_error(capsys)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")],
-)
-def test_too_little_memory_is_4(copy, capsys, monkeypatch, error):
-    def train(*_):
-        raise error
+@pytest.fixture(scope="module")
+def by_twos(tmp_path_factory):
+    """A finished project where every phase has more than one batch."""
+    by_two = {phase: {"batch_size": 2} for phase in ("prepare", "train", "inference")}
+    config = project.write_project(tmp_path_factory.mktemp("twos"), 128, 192, **by_two)
+    assert project.run(config) == 0
+    return config
 
-    monkeypatch.setattr(main, "train", train)
-    assert project.run(copy, *ONLY_TRAIN) == 4
-    assert "out of memory; lower the batch_size" in one_error(capsys)
+
+PRODUCTS = {
+    "prepare": ("cache", "weights", "map.tif"),
+    "train": ("weights", "map.tif"),
+    "inference": ("map.tif",),
+}
+SHORT_OF_MEMORY = {
+    "prepare": (DinoBackbone, "lower prepare.batch_size, then prepare.readers"),
+    "train": (SegmentationHead, "lower train.batch_size"),
+    "inference": (Segmenter, "lower inference.batch_size, then inference.max_memory"),
+}
+
+
+@pytest.mark.parametrize("phase", SHORT_OF_MEMORY)
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"), "of GPU memory"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "of GPU memory"),
+        (MemoryError(), "of memory"),
+    ],
+)
+def test_too_little_memory_in_a_phase_is_4_names_its_keys_and_skips_no_tile(
+    by_twos, tmp_path, capsys, monkeypatch, phase, error, what
+):
+    config = shutil.copytree(by_twos.parent, tmp_path / "short") / "config.yml"
+    for path in (config.parent / each for each in PRODUCTS[phase]):
+        (shutil.rmtree if path.is_dir() else os.remove)(path)
+    network, remedy = SHORT_OF_MEMORY[phase]
+    forward, calls = network.forward, iter(range(100))
+
+    def short(self, *arguments):
+        if next(calls) == 1:
+            raise error
+        return forward(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(network, "forward", short)
+        capsys.readouterr()
+        assert project.run(config) == 4
+        assert one_error(capsys).startswith(f"{phase}: out {what}; {remedy}")
+    assert next(calls) == 2
+    assert not (config.parent / "map.tif").exists()
+    assert project.run(config) == 0
+    ours, wanted = (read_whole(each.parent / "map.tif") for each in (config, by_twos))
+    assert np.array_equal(ours, wanted)
 
 
 def test_an_allocation_that_torch_cannot_make_is_4(copy, capsys, monkeypatch):
     def train(*_):
         torch.empty(2**62 // 4)
 
-    monkeypatch.setattr(main, "train", train)
+    monkeypatch.setattr(phases, "train", train)
     assert project.run(copy, *ONLY_TRAIN) == 4
     assert "out of memory" in one_error(capsys)
 
 
-BUG = """
-import sys
-import main
-def train(*_):
-    {}["no such key"]
-main.train = train
-sys.exit(main.main(sys.argv[1:]))
-"""
+def test_a_bug_of_ours_is_1_its_line_says_where_and_the_log_file_how(copy, capsys, monkeypatch):
+    def train(*_):
+        {}["no such key"]
+
+    monkeypatch.setattr(phases, "train", train)
+    assert project.run(copy, *ONLY_TRAIN) == 1
+    line = one_error(capsys)
+    assert line.startswith("a bug of ours: KeyError: 'no such key' (test_main.py:")
+    kept = (copy.parent / "run.log").read_text().splitlines()
+    assert "[DEBUG] Traceback (most recent call last):" in kept
+    assert kept[-1] == "[DEBUG] KeyError: 'no such key'"
 
 
-def test_a_bug_of_ours_is_1_with_a_traceback(copy):
-    settings = [part for each in ONLY_TRAIN for part in ("--set", each)]
-    result = project.start([project.PYTHON, "-c", BUG, copy, *settings], copy.parent)
-    assert result.returncode == 1
-    assert result.stderr.rstrip().endswith("KeyError: 'no such key'")
-    assert "Traceback" in result.stderr
+def test_a_traceback_is_shown_at_level_debug_only(copy, capsys):
+    assert project.run(copy, "paths.label_path=nowhere.tif") == 3
+    assert "Traceback" not in capsys.readouterr().err
+    assert project.run(copy, "paths.label_path=nowhere.tif", "logging.level=debug") == 3
+    assert "[DEBUG] Traceback (most recent call last):" in capsys.readouterr().err
 
 
 def status_of(config):
@@ -499,7 +557,7 @@ def test_status_says_what_the_exit_code_and_the_log_say(copy, capsys, monkeypatc
     def verify(*_):
         during.append(status_of(copy))
 
-    monkeypatch.setattr("main.verify", verify)
+    monkeypatch.setattr("utils.phases.verify", verify)
     assert project.run(copy, "train.enable=false", "inference.enable=false") == 0
     assert (during[0]["state"], during[0]["exit_code"]) == ("running", None)
     assert (status_of(copy)["state"], status_of(copy)["exit_code"]) == ("done", 0)
@@ -534,11 +592,12 @@ def test_a_signal_in_the_middle_of_training_is_75_and_no_traceback(copy, number,
     assert process.wait() == 75
     # a loader process that is cut off in the middle of a message may print its own complaint
     assert not [line for line in lines if 'main.py", line' in line or "KeyboardInterrupt" in line]
-    lines = [line for line in lines if line.startswith(("[INFO] ", "[ERROR] "))]
-    assert [line for line in lines if line.startswith("[ERROR]")][1:] == [
-        "[ERROR] stopped by a signal; what is finished is kept, run it again to go on"
-    ]
-    assert re.fullmatch(r"\[ERROR\] train: stopped after [\d.]+ s", lines[-2])
+    lines = [line for line in lines if line.startswith(("[", "error: "))]
+    assert lines[-1] == (
+        "error: stopped by a signal; what is finished is kept, run it again to go on"
+    )
+    assert re.fullmatch(r"\[INFO\] train: stopped after [\d.]+ s", lines[-2])
+    assert not [line for line in lines[:-1] if line.startswith(("error", "[ERROR]"))]
     kept = sorted(path.name for path in (copy.parent / "stopped").glob("[!.]*"))
     names = ["linear_best.pth", "linear_last.pth", "linear_last_before.pth", "metrics.csv"]
     assert json.loads((copy.parent / "stopped" / "status.json").read_text())["exit_code"] == 75

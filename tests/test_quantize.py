@@ -106,7 +106,7 @@ def test_a_map_is_made_of_the_features_that_were_trained_on(
         )
         return head
 
-    monkeypatch.setattr(models, "build_head", watched)
+    monkeypatch.setattr("utils.phases.build_head", watched)
     off = [f"{phase}.enable=false" for phase in ("prepare", "verify", "train")]
     window = ("inference.overlap=0.0", "inference.batch_size=1")
     scene = f"inference.input_tif={tmp_path / 'scenes' / 'north.tif'}"

@@ -34,6 +34,7 @@ from utils.artefacts import (
     read_whole,
     write_artefact,
 )
+from utils.limits import MEBIBYTE, limited_bytes
 from utils.tiling import tiles
 
 MANIFEST = "manifest.json"
@@ -41,7 +42,8 @@ FORMAT = 4
 STAMP = "stamp"
 PLACE = re.compile(r"r[0-9]{6,}_c[0-9]{6,}")  # of a tile, as its name ends
 OVERHEAD = 1 << 13  # bytes of a tile's file beside its tensors: names, checksums, room to align
-LARGEST = 1 << 32  # bytes of the largest file of weights that is read
+LARGEST = 4096 * MEBIBYTE  # of a file of weights
+LARGEST_MANIFEST = 1024 * MEBIBYTE  # some millions of tiles
 FEATURE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 # what torch and zipfile raise on bytes that are not what torch.save wrote
 DAMAGE = (
@@ -193,8 +195,9 @@ KEYS = {
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
-    """Write manifest.json."""
-    text = json.dumps(asdict(manifest), indent=2)
+    """Write manifest.json, with the checksum of what it says."""
+    content = asdict(manifest)
+    text = json.dumps(content | {"checksum": checksum_of(content)}, indent=2)
     write_artefact(folder / MANIFEST, f"{text}\n".encode())
 
 
@@ -204,16 +207,25 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise CacheError(f"{path}: no such file; run prepare first (prepare.enable: true)")
     try:
-        content = json.loads(patiently(path.read_bytes, path))
+        content = json.loads(patiently(partial(limited_bytes, path, LARGEST_MANIFEST), path))
+        checksum = content.pop("checksum", None)
         if content.get("format") != FORMAT or set(content) != {f.name for f in fields(Manifest)}:
             raise ValueError(f"format {content.get('format')!r}, expected {FORMAT}")
-        stated = content.pop("fingerprint")
-        found = Manifest(**content)
-        if stated != found.fingerprint:
-            raise ValueError(f"fingerprint {stated!r}, its fields have {found.fingerprint!r}")
-        return found
-    except (ValueError, AttributeError, TypeError) as error:
+        if checksum != checksum_of(content):
+            raise ValueError("damaged: it is not what its checksum is of")
+        del content["fingerprint"]  # which follows from the others
+        return Manifest(**content)
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise CacheError(f"{path}: not a manifest ({error}); delete {folder}") from error
+
+
+def checksum_of(content: dict[str, Any]) -> str:
+    """SHA-256 of what a manifest says, however it is laid out.
+
+    >>> checksum_of({"tile_size": 64})[:12]
+    '2ee90093df66'
+    """
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def claim(wanted: Manifest, folder: Path) -> Manifest:

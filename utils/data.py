@@ -40,7 +40,7 @@ from utils.distributed import Runtime
 from utils.footprints import footprints, write_sides
 from utils.locks import HOLDER, LOCK
 from utils.logging import VerbosityLogger
-from utils.process import STOP, forget_signals
+from utils.process import serve_parent
 from utils.sampling import balanced_order
 from utils.splits import Split, audit, split_by_blocks, split_by_lists, split_by_regions
 from utils.turns import Turn
@@ -99,12 +99,12 @@ def verify(
     with _mapper(min(workers, len(paths))) as check_all:
         faults = check_all(partial(_fault, manifest=manifest), paths)
         work = log.progress(faults, "verify", total=len(paths), unit="tile", every=50)
-        for path, fault in zip(paths, work, strict=True):
-            STOP.check()
+        for path, fault in run.beating(zip(paths, work, strict=True)):
             if fault is not None:
                 path.unlink(missing_ok=True)
                 bad.append(path.stem)
                 log.warning(f"verify: deleted {fault}")
+    run.wait()
     parts = run.gather((len(paths), bad))
     deleted = sorted(name for _, part in parts for name in part)
     log.info(f"verify: {sum(count for count, _ in parts)} tiles checked, {len(deleted)} deleted")
@@ -139,7 +139,7 @@ def _fault(path: Path, manifest: Manifest) -> str | None:
 
 def _start_worker(_: int) -> None:
     """In a process that reads tiles: one thread, and the parent decides when it ends."""
-    forget_signals()
+    serve_parent()
     torch.set_num_threads(1)
 
 

@@ -384,6 +384,8 @@ def _open_label_raster(path: Path) -> Iterator[DatasetReader]:
     with open_raster(path) as dataset:
         if dataset.count != 1:
             raise RasterError(f"{path}: has {dataset.count} bands, a label raster has one")
+        if "complex" in dataset.dtypes[0]:
+            raise RasterError(f"{path}: pixels are {dataset.dtypes[0]}, expected whole numbers")
         yield dataset
 
 

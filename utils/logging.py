@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -15,16 +16,17 @@ from typing import TextIO, TypeVar
 
 from tqdm import tqdm
 
+from utils.limits import spelt_out
+
 Item = TypeVar("Item")
 
 LEVELS = {"error": logging.ERROR, "info": logging.INFO, "debug": logging.DEBUG}
 SILENT = logging.CRITICAL + 1
 STOPPED = 75  # the exit code of a run that a signal ended
-_CONTROL = {code: f"\\x{code:02x}" for code in [*range(32), 127, *range(128, 160)]}
 
 
 def say(text: str = "") -> None:
-    """Print one line on standard output: the answer of a command, not part of the log.
+    """Print on standard output: the answer of a command, not part of the log.
 
     >>> say("backbone: ./backbone")
     backbone: ./backbone
@@ -33,8 +35,9 @@ def say(text: str = "") -> None:
 
 
 def complain(text: str) -> None:
-    """Print on standard error, where no logger exists yet or any more."""
-    print(text, file=sys.stderr, flush=True)  # noqa: T201
+    """Print lines on standard error, where no logger exists yet or any more."""
+    lines = "\n".join(spelt_out(line) for line in text.split("\n"))
+    print(lines, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def launched_rank() -> int:
@@ -60,7 +63,7 @@ class _OneLine(logging.Formatter):
     """A record as one line, whatever a file name or an error text brings along."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return super().format(record).translate(_CONTROL)
+        return spelt_out(super().format(record))
 
 
 class _BesideBars(logging.StreamHandler):
@@ -75,7 +78,8 @@ class VerbosityLogger:
     """Levelled messages on a stream, teed to a file: `[LEVEL] message`.
 
     level: error | info | debug. timestamps: put the local time before each line. file: a path whose
-    folder is made; lines are appended. silent: say nothing at all (ranks other than the first).
+    folder is made; lines are appended. silent: say nothing but how the run ends (for ranks other
+    than the first).
 
     >>> log = VerbosityLogger("info", timestamps=False, stream=sys.stdout)
     >>> log.info("36 tiles"); log.debug("tile r000000_c000000")
@@ -93,6 +97,7 @@ class VerbosityLogger:
         self.stream = stream or sys.stderr
         self.silent = silent
         self._logger = logging.Logger("dinov3seg", SILENT if silent else LEVELS[level])
+        self._file: logging.Handler | None = None
         if silent:
             return
         stamp = "%(asctime)s " if timestamps else ""
@@ -100,7 +105,8 @@ class VerbosityLogger:
         self._add(_BesideBars(self.stream), line)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-            self._add(logging.FileHandler(file, encoding="utf-8"), line)
+            self._file = logging.FileHandler(file, encoding="utf-8")
+            self._add(self._file, line)
 
     def _add(self, handler: logging.Handler, line: logging.Formatter) -> None:
         handler.setFormatter(line)
@@ -109,6 +115,24 @@ class VerbosityLogger:
     def error(self, message: str) -> None:
         """Say why something failed; shown at every level."""
         self._logger.error("%s", message)
+
+    def fail(self, message: str, error: BaseException) -> None:
+        """Say why the run ends: `error: message` on the stream, whatever the level.
+
+        The traceback goes to the file, and at level debug to the stream as well.
+        """
+        tqdm.write(spelt_out(f"error: {message}"), file=self.stream)
+        self.stream.flush()
+        self._to_file(logging.ERROR, message)
+        for line in "".join(traceback.format_exception(error)).splitlines():
+            if self._logger.isEnabledFor(logging.DEBUG):
+                self.debug(line)
+            else:
+                self._to_file(logging.DEBUG, line)
+
+    def _to_file(self, level: int, message: str) -> None:
+        if self._file is not None:
+            self._file.handle(self._logger.makeRecord("", level, "", 0, message, (), None))
 
     def warning(self, message: str) -> None:
         """Say what looks wrong but does not stop the run; shown from info on."""
@@ -147,7 +171,8 @@ class VerbosityLogger:
         if not self._logger.isEnabledFor(logging.INFO):
             yield from items
         elif self.stream.isatty():
-            yield from tqdm(items, label, total, unit=unit, file=self.stream, leave=False)
+            shown = spelt_out(label)
+            yield from tqdm(items, shown, total, unit=unit, file=self.stream, leave=False)
         else:
             yield from self._lines(items, label, total, unit, every)
 
@@ -207,4 +232,4 @@ class TimedBlock:
             self.log.info(f"{self.label}: finished in {duration(self.seconds)}")
         else:
             how = "stopped" if getattr(error, "exit_code", None) == STOPPED else "failed"
-            self.log.error(f"{self.label}: {how} after {duration(self.seconds)}")
+            self.log.info(f"{self.label}: {how} after {duration(self.seconds)}")

@@ -23,7 +23,7 @@ from rasterio.windows import Window
 
 from utils.artefacts import replacing
 from utils.ground import Ground, PolygonError
-from utils.raster import Grid, grid_of, open_raster
+from utils.raster import MAP, Grid, grid_of, open_raster
 from utils.regions import Regions
 
 CHUNK = 1 << 19  # corners of the polygons that are measured and written at once
@@ -173,7 +173,7 @@ def write_polygons(
     """
     if output.suffix not in WRITERS:
         raise PolygonError(f"{output}: polygons are written as {' or '.join(WRITERS)}")
-    with open_raster(map_path) as dataset:
+    with open_raster(map_path, MAP) as dataset:
         try:
             _check(dataset)
             ground = Ground(grid_of(dataset))

@@ -26,6 +26,7 @@ from utils.cache import (
     load_tile,
     read_manifest,
     scene_of,
+    tile_names,
     tile_path,
     write_manifest,
     write_tile,
@@ -42,17 +43,18 @@ from utils.labels import (
 )
 from utils.logging import VerbosityLogger
 from utils.maps import legend_of
-from utils.process import STOP
 from utils.quantize import HALF, as_cached
 from utils.raster import RasterError, Reading, Scene, ground_gsd, open_scene
 from utils.sampling import class_counts
 from utils.scenes import SceneFile, band_ranges, default_bands, find_scenes
+from utils.space import Need, free_at, require_space
 from utils.streaming import ahead, behind
 from utils.tiling import Tile, batched, repeated, tiles
 from utils.turns import Turn, first_turns
 
 Encode = Callable[[np.ndarray], Mapping[str, Tensor]]
 WAITING = 1  # batches of features that wait for the thread that writes
+SAMPLE = 64  # tiles that are looked at to tell how many will be kept
 MADE, REUSED = "made", "reused"
 UNLABELLED, INVALID, SPARSE, BACKGROUND = (
     "without a labelled pixel",
@@ -204,24 +206,47 @@ def prepare(
     folder = section.processed_dir
     if run.is_main:
         sweep(folder)
-        _open_cache(folder, sources, wanted, log)
+        _open_cache(folder, sources, wanted, run, log)
     run.wait()
     made = read_manifest(folder)  # as the first rank claimed it: stamps need the scenes
-    work = list(_work(sources, section.tile_size))[run.rank :: run.world_size]
+    work = list(_work(sources, section.tile_size))
+    if run.is_main:
+        check_space(section, sources, made, work, seed)
+    work = work[run.rank :: run.world_size]
     tally = Tally()
     with contextlib.ExitStack() as stack:
         readers = [TileReader(sources, section, made, seed) for _ in range(section.readers)]
         hand = stack.enter_context(behind(WAITING))
         found = stack.enter_context(ahead(readers, work, 2 * section.batch_size))
         steps = log.progress(found, "prepare", total=len(work), unit="tile", every=50)
-        for batch in batched(_to_make(steps, tally), section.batch_size):
-            STOP.check()
+        for batch in batched(_to_make(run.beating(steps), tally), section.batch_size):
             encoded = encode(np.stack([tile.image for tile in batch]))
             hand(_write_tiles, folder, made, batch, encoded)
+    run.wait()
     tally.merge(run.gather(tally))
     if run.is_main:
         _close_cache(folder, tally, sources, log)
     run.wait()
+
+
+def check_space(
+    section: Prepare, sources: Sources, made: Manifest, work: Sequence[tuple[SceneFile, Tile]],
+    seed: int,
+) -> None:  # fmt: skip
+    """Compare what the tiles left to make will take with what is free, before any is made.
+
+    Where all of them would not fit, a look at some tells how many will be kept.
+    """
+    folder, there = section.processed_dir, set(tile_names(section.processed_dir, made))
+    left = [item for item in work if f"{item[0].name}__{item[1].name}" not in there]
+    count = len(left)
+    if count * made.tile_bytes > free_at(folder):
+        with TileReader(sources, section, made, seed) as read:
+            looked_at = left[:: -(-count // SAMPLE)]
+            fates = [read(item).fate for item in looked_at]
+        count = round(count * fates.count(MADE) / len(fates))
+    needed = count * made.tile_bytes
+    require_space([Need(folder, "paths.processed_dir", needed)], f"{count} tiles left to make")
 
 
 def _to_make(found: Iterable[ReadTile], tally: Tally) -> Iterator[ReadTile]:
@@ -280,7 +305,9 @@ def count_tiles(sources: Sources, size: int) -> int:
     return sum(1 for _ in _work(sources, size))
 
 
-def _open_cache(folder: Path, sources: Sources, wanted: Manifest, log: VerbosityLogger) -> None:
+def _open_cache(
+    folder: Path, sources: Sources, wanted: Manifest, run: Runtime, log: VerbosityLogger
+) -> None:
     """Look at every scene and the labels before any feature is computed, then claim the folder."""
     for path in sources.labels:
         number = nodata_class(path, sources.rules)
@@ -290,7 +317,7 @@ def _open_cache(folder: Path, sources: Sources, wanted: Manifest, log: Verbosity
                 f"({wanted.class_names[number]}); it stays a class"
             )
     scenes, sizes = {}, []
-    for name, path in sources.scenes:
+    for name, path in run.beating(sources.scenes):
         with (
             open_scene(path, sources.reading, name) as scene,
             open_labels(sources.labels, scene, sources.rules) as labels,

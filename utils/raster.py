@@ -5,6 +5,7 @@ A scene is read by windows, never whole. Prepare and inference read a tile throu
 """
 
 import contextlib
+import functools
 import logging
 import struct
 import warnings
@@ -18,7 +19,7 @@ import rasterio
 import tifffile
 from rasterio._err import CPLE_BaseError  # what rasterio.warp raises; it has no public name
 from rasterio.crs import CRS
-from rasterio.enums import ColorInterp, MaskFlags, Resampling
+from rasterio.enums import ColorInterp, Interleaving, MaskFlags, Resampling
 from rasterio.errors import NotGeoreferencedWarning, RasterioError, RasterioIOError
 from rasterio.io import DatasetReader
 from rasterio.transform import Affine
@@ -27,18 +28,21 @@ from rasterio.warp import reproject, transform, transform_geom
 from rasterio.windows import Window
 from shapely.geometry import Polygon, mapping, shape
 
+from utils.formats import TIFF_STARTS, drivers_of, false_ending, too_large
 from utils.tiling import Tile
+from utils.vrt import VrtError, sources_of
 
 DAMAGED = (  # what tifffile raises on a directory that makes no sense
     tifffile.TiffFileError, struct.error, ValueError, LookupError, OverflowError, TypeError,
     AttributeError, EOFError,
 )  # fmt: skip
-TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the two byte orders, BigTIFF too
 SIDECARS = (
     ".msk", ".ovr", ".aux.xml", ".tfw", ".wld", ".prj", ".tmp", ".dbf", ".shx", ".cpg", ".qix",
     ".sbn", ".sbx", ".qmd", ".qml", ".gpkg-wal", ".gpkg-shm",
 )  # fmt: skip
 BLOCK = 512  # rows and columns of a block of the written map
+MAP = ("GTiff",)  # the driver of our own maps, which may have any name
+DEEPEST = 4  # VRTs within each other
 NO_PLACE = (CPLE_BaseError, SystemError)  # what rasterio.warp raises for points beyond a CRS
 
 
@@ -46,6 +50,10 @@ class RasterError(Exception):
     """A raster that cannot be used, with the file, what was found and what is expected."""
 
     exit_code = 3
+
+
+class RefusedError(RasterError):
+    """A raster that is not to be opened: passed over nowhere, not even among others in a folder."""
 
 
 class Pixels(NamedTuple):
@@ -96,6 +104,8 @@ def is_raster(path: Path) -> bool:
     try:
         with open_raster(path):
             return True
+    except RefusedError:
+        raise
     except RasterError:
         return False
 
@@ -123,16 +133,97 @@ def overlap(first: Grid, second: Grid) -> bool:
 
 
 @contextlib.contextmanager
-def open_raster(path: Path) -> Iterator[DatasetReader]:
-    """A dataset of our own handle; GDAL's complaints become a RasterError that names the file."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            dataset = rasterio.open(path, sharing=False)
-    except RasterioIOError as error:
-        raise RasterError(f"{path}: not a raster that GDAL can open ({error})") from error
-    with dataset:
+def open_raster(path: Path, drivers: Sequence[str] = ()) -> Iterator[DatasetReader]:
+    """A dataset of our own handle, by these drivers, or those of the file's ending.
+
+    GDAL's complaints become a RasterError that names the file. What its header claims is bounded.
+    """
+    drivers = drivers or drivers_of(path)
+    _admit(path, drivers)
+    with _opened(path, drivers) as dataset:
+        _check_claims(path, dataset)
         yield dataset
+
+
+def _opened(path: Path, drivers: Sequence[str]) -> DatasetReader:
+    """The dataset as the first of the drivers has it that knows it."""
+    errors = []
+    for driver in drivers:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", NotGeoreferencedWarning)
+                return rasterio.open(path, driver=driver, sharing=False)
+        except RasterioIOError as error:
+            errors.append(error)
+    if said := false_ending(path):
+        raise RefusedError(f"{path}: {said}") from errors[0]
+    raise RasterError(f"{path}: not a raster that GDAL can open ({errors[0]})") from errors[0]
+
+
+def _admit(path: Path, drivers: Sequence[str]) -> None:
+    """Refuse what is not a file of this machine with a raster's ending, or a VRT of such files."""
+    if not path.is_file():
+        raise RasterError(f"{path}: no such file")
+    if not drivers:
+        said = false_ending(path) or f"no raster ends in {path.suffix or 'no ending'}"
+        raise RasterError(f"{path}: not a raster that GDAL can open ({said})")
+    if "VRT" in drivers and false_ending(path) is None:
+        _check_sources(path)
+
+
+def _check_sources(path: Path) -> None:
+    """Refuse a VRT that names anything but rasters of this machine, at any depth."""
+    within = {path}
+    for _ in range(DEEPEST):
+        found = set().union(*(_sources(path, part) for part in within))
+        within = {source for source in found if "VRT" in drivers_of(source)}
+        for source in found - within:
+            _check_source(path, source, source.stat().st_mtime_ns)
+        if not within:
+            return
+    raise RefusedError(
+        f"{path}: its VRTs lie over {DEEPEST} deep within each other, or in a circle; build it of "
+        "the rasters themselves with gdalbuildvrt"
+    )
+
+
+def _sources(path: Path, part: Path) -> tuple[Path, ...]:
+    try:
+        return sources_of(part)
+    except VrtError as error:
+        where = "" if part == path else f"{part.name} in it "
+        said = f"{path}: {where}{error}; build it of rasters on this disk with gdalbuildvrt"
+        raise RefusedError(said) from error
+
+
+@functools.lru_cache(maxsize=65536)  # a mosaic is opened again in every phase and thread
+def _check_source(path: Path, source: Path, modified: int) -> None:
+    try:
+        with open_raster(source):
+            return
+    except RasterError as error:
+        raise RefusedError(f"{path}: a source of it cannot be used: {error}") from error
+
+
+def _check_claims(path: Path, dataset: DatasetReader) -> None:
+    """Refuse a header that claims what no memory could hold, or places that are no numbers."""
+    rows, cols = dataset.block_shapes[0] if dataset.count else (0, 0)
+    pixel = max((bytes_of(kind) for kind in dataset.dtypes), default=0)
+    together = dataset.count if dataset.interleaving == Interleaving.pixel else 1
+    said = too_large(dataset.height, dataset.width, dataset.count, rows * cols * pixel * together)
+    if said:
+        raise RefusedError(f"{path}: {said}")
+    if not np.isfinite(list(dataset.transform)).all():
+        raise RefusedError(f"{path}: its transform holds what is no number; set it with gdal_edit")
+
+
+def bytes_of(kind: str) -> int:
+    """Bytes of a pixel of a type that rasterio names, NumPy's or not.
+
+    >>> bytes_of("uint16"), bytes_of("complex_int16")
+    (2, 16)
+    """
+    return np.dtype(kind).itemsize if kind in np.sctypeDict else 16
 
 
 def grid_of(dataset: DatasetReader) -> Grid:
@@ -327,7 +418,7 @@ def _check_scene(path: Path, dataset: DatasetReader, reading: Reading) -> None:
             "(dataset.bands)"
         )
     kinds = {dataset.dtypes[band - 1] for band in reading.bands}
-    if any(np.dtype(kind).kind not in "uif" for kind in kinds):
+    if any("complex" in kind for kind in kinds):
         raise RasterError(f"{path}: pixels are {', '.join(sorted(kinds))}, expected real numbers")
     if dataset.gcps[0] and dataset.transform.is_identity:
         raise RasterError(
@@ -356,6 +447,8 @@ def _at_gsd(path: Path, dataset: DatasetReader, reading: Reading) -> Iterator[An
             "would weigh the others; clear the flag with gdal_translate -colorinterp"
         )
     target = resized(own, reading.gsd / ground_gsd(own))
+    if said := too_large(target.height, target.width):
+        raise RefusedError(f"{path}: at dataset.gsd {reading.gsd:g}, {said}")
     hidden = dataset.nodata is None and not any(is_alpha(dataset, i) for i in dataset.indexes)
     options = {} if reading.nodata is None else {"src_nodata": reading.nodata}
     with WarpedVRT(
@@ -451,8 +544,8 @@ def read_whole(path: Path) -> np.ndarray:
 
 
 def read_tags(path: Path) -> dict[str, str]:
-    """What a raster says of itself."""
-    with open_raster(path) as dataset:
+    """What a map of ours says of itself, whatever its name ends in."""
+    with open_raster(path, MAP) as dataset:
         return dataset.tags()
 
 

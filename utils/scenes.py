@@ -11,6 +11,7 @@ from utils.raster import (
     SIDECARS,
     RasterError,
     Reading,
+    RefusedError,
     check_structure,
     is_alpha,
     open_raster,
@@ -114,11 +115,13 @@ def find_scenes(
             try:
                 with open_raster(path):
                     depths.setdefault(path, depth)
+            except RefusedError:
+                raise
             except RasterError as error:
                 check_structure(path)  # a damaged TIFF is data that is missing: not to be skipped
                 if path == source:
                     raise
-                skipped.append((path, f"not a raster that GDAL can open ({error.__cause__})"))
+                skipped.append((path, str(error).removeprefix(f"{path}: ")))
     return sorted(told_apart(depths)), skipped
 
 

@@ -17,8 +17,12 @@ from config import Splits
 from utils.blocks import apart, block_side, hold_outs, tile_side
 from utils.cache import scene_of
 from utils.footprints import APART, TOUCH, Footprints, overlapping, smallest_distance
+from utils.limits import MEBIBYTE, limited_bytes
 from utils.logging import VerbosityLogger
 from utils.vectors import is_vector, read_shapes
+
+LARGEST = 256 * MEBIBYTE  # of a list: some millions of names
+LONGEST = 255  # characters of a name
 
 
 class SplitError(Exception):
@@ -176,13 +180,16 @@ def _named(names: Sequence[str], path: Path) -> list[str]:
         members.setdefault(scene_of(name), []).append(name)
         members[name] = [name]
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = limited_bytes(path, LARGEST).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise SplitError(f"{path}: not a UTF-8 text file ({error})") from error
+    except ValueError as error:
+        raise SplitError(f"{path}: {error}; is it a list of names?") from error
     chosen: set[str] = set()
     for number, line in enumerate(lines, start=1):
         entry = line.partition("#")[0].strip()
         if entry and entry not in members:
+            entry = entry[:LONGEST]  # a name of ours is a file's too
             near = difflib.get_close_matches(entry, members, n=1)
             hint = f", did you mean '{near[0]}'?" if near else ""
             raise SplitError(f"{path}:{number}: no cached tile or scene is called '{entry}'{hint}")

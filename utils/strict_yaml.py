@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import yaml
 
+from utils.limits import MEBIBYTE, limited_bytes, spelt_out
+
 Keys = tuple[str | int, ...]  # ("train", "loss", "ce_weight"); a number counts within a list
 
 
@@ -25,16 +27,11 @@ class ConfigError(Exception):
     exit_code = 2
 
     def __init__(self, faults: Sequence[str]) -> None:
-        self.faults = [one_line(fault) for fault in faults]
+        self.faults = [spelt_out(fault) for fault in faults]
         super().__init__(self.faults)
 
     def __str__(self) -> str:
         return "\n".join(self.faults)
-
-
-def one_line(text: str) -> str:
-    """The text with line breaks and other control characters spelt out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def named(keys: Keys) -> str:
@@ -43,6 +40,10 @@ def named(keys: Keys) -> str:
 
 
 MAX_VALUES = 5000
+MAX_DEPTH = 16  # sections and lists within each other: a config has five
+MAX_BYTES = MEBIBYTE
+DEEP = f"nested over {MAX_DEPTH} deep, as no config is"
+MANY = f"over {MAX_VALUES} values, which no config has"
 TAG = "tag:yaml.org,2002:"
 FLOAT = re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$", re.ASCII)
 SCALARS = {  # tag: (plain text that has it, conversion)
@@ -59,10 +60,30 @@ SURPRISES = {  # tag: (plain text on which YAML 1.1 and 1.2 differ, remedy)
 }
 
 
+class ExcessError(yaml.MarkedYAMLError):
+    """More of a text than any config has."""
+
+
 class Loader(yaml.SafeLoader):
     """Knows true and false, null, decimal numbers and text; tags what YAML 1.1 reads otherwise."""
 
     yaml_implicit_resolvers = {}
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.nodes = self.depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
+        """A node as PyYAML has it; there may be so many, so deep."""
+        self.nodes += 1
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise ExcessError(problem=DEEP, problem_mark=self.peek_event().start_mark)
+        if self.nodes > 2 * MAX_VALUES:  # keys are nodes too
+            raise ExcessError(problem=MANY, problem_mark=self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 class Writer(yaml.SafeDumper):
@@ -84,22 +105,27 @@ def short(path: Path) -> str:
 def file_text(path: Path, name: str) -> str:
     """The text of a config file."""
     try:
-        content = path.read_bytes()
+        content = limited_bytes(path, MAX_BYTES)
         return content.decode("utf-8-sig")
     except OSError as error:
         raise ConfigError([f"{name}: cannot read the config: {error.strerror}"]) from error
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ConfigError([f"{name}:{line}:1: not UTF-8, expected a text file in UTF-8"]) from error
+    except ValueError as error:
+        raise ConfigError([f"{name}: {error}"]) from error
 
 
 def dump(data: dict) -> str:
-    """YAML of plain values that this reader takes back unchanged.
+    """YAML of plain values that this reader takes back unchanged; what does not show is escaped.
 
     >>> dump({"train": {"compile": False, "file": "no"}}).splitlines()
     ['train:', '  compile: false', "  file: 'no'"]
     """
-    return yaml.dump(data, Dumper=Writer, sort_keys=False, allow_unicode=True, width=10_000)
+    options = {"Dumper": Writer, "sort_keys": False, "width": 10_000}
+    text = yaml.dump(data, allow_unicode=True, **options)
+    shown = all(line.isprintable() for line in text.split("\n"))
+    return text if shown else yaml.dump(data, allow_unicode=False, **options)
 
 
 class Place(NamedTuple):
@@ -127,6 +153,8 @@ def syntax_fault(error: yaml.YAMLError, text: str, origin: Place) -> str:
         line, column = text.count("\n", 0, error.position), text[: error.position].rfind("\n")
         mark = yaml.Mark("", error.position, line, error.position - column - 1, None, None)
         return f"{origin.at(mark)}: not valid YAML: found {chr(error.character)!r}"
+    if isinstance(error, ExcessError):
+        return f"{origin.at(error.problem_mark)}: {error.problem}"
     context = f"{error.context}, " if error.context else ""
     remedy = ", indent with spaces" if "'\\t'" in error.problem else ""
     return f"{origin.at(error.problem_mark)}: not valid YAML: {context}{error.problem}{remedy}"
@@ -152,14 +180,14 @@ class Draft:
             return None if node is None else self.value(node, origin, keys)
         except yaml.YAMLError as error:
             raise ConfigError([syntax_fault(error, text, origin)]) from error
-        except RecursionError as error:
-            raise ConfigError([f"{origin}: nested too deeply for a config"]) from error
 
     def value(self, node: yaml.Node, origin: Place, keys: Keys) -> object:
         """The value of a node; one that readers disagree on becomes a fault."""
         place = self.values[keys] = origin.at(node.start_mark)
         if len(self.values) > MAX_VALUES:  # a few aliases of aliases can stand for billions
-            raise ConfigError([f"{place}: over {MAX_VALUES} values, which no config has"])
+            raise ConfigError([f"{place}: {MANY}"])
+        if len(keys) > MAX_DEPTH:  # an alias may stand for what holds it
+            raise ConfigError([f"{place}: {DEEP}"])
         if node.tag == TAG + "map":
             return self.mapping(node, origin, keys)
         if node.tag == TAG + "seq":
@@ -195,7 +223,7 @@ class Draft:
         origin = Place(0, number, f"--set {argument}", Path.cwd())
         path, equals, text = argument.partition("=")
         keys = tuple(path.strip().split("."))
-        if not equals or not all(keys):
+        if not equals or not all(keys) or len(keys) > MAX_DEPTH:
             self.faults.append((origin, "expected section.key=value"))
             return
         self.values = {at: place for at, place in self.values.items() if at[: len(keys)] != keys}

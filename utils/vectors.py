@@ -28,8 +28,15 @@ from shapely import STRtree
 from shapely.errors import ShapelyError
 from shapely.geometry import Polygon, box, shape
 
+from utils.limits import MEBIBYTE, limited_bytes
 from utils.raster import Grid, warp_outline
 
+LARGEST_GEOJSON = 1024 * MEBIBYTE  # read whole, it takes ten times as much memory
+STARTS = {".gpkg": b"SQLite format 3\0", ".shp": b"\0\0\x27\x0a", ".fgb": b"fgb\x03fgb"}
+CRS_NAME = re.compile(  # what names a CRS without a look into files or the net
+    r"urn:(x-)?ogc:def:crs:[\w.:-]+|https?://(www\.)?opengis\.net/def/crs/[\w./-]+|[a-z]+:\w+",
+    re.ASCII | re.IGNORECASE,
+)
 GEOJSON_SUFFIXES = (".geojson", ".json")
 VECTOR_SUFFIXES = (*GEOJSON_SUFFIXES, ".gpkg", ".shp", ".fgb")
 GEOMETRIES = (
@@ -191,12 +198,18 @@ def read_shapes(path: Path, attribute: str | None = None, layer: str | None = No
 def _check_length(path: Path) -> None:
     """Refuse a file cut short; GDAL would give null for what a shapefile has lost."""
     size, needed = path.stat().st_size, 1
-    if path.suffix.lower() == ".shp":
-        with path.open("rb") as file:  # bytes 24 to 27: the length in words of 16 bits
-            needed = max(100, 2 * int.from_bytes(file.read(28)[24:], "big"))
+    with path.open("rb") as file:
+        start = file.read(28)
+    if path.suffix.lower() == ".shp":  # bytes 24 to 27: the length in words of 16 bits
+        needed = max(100, 2 * int.from_bytes(start[24:], "big"))
     if size < needed:
         found = f"truncated: {size} bytes of {needed}" if size else "the file is empty"
         raise VectorError(f"{path}: {found}; copy it again from its source")
+    if not start.startswith(STARTS.get(path.suffix.lower(), b"")):
+        raise VectorError(
+            f"{path}: not a vector file that GDAL can read: it begins with {start[:8]!r}, as none "
+            f"that ends in {path.suffix} does; rename it, or convert it with ogr2ogr"
+        )
 
 
 def _clean(path: Path, geometries: np.ndarray, values: Sequence[Value], crs: CRS) -> Shapes:
@@ -276,7 +289,7 @@ def _plain(path: Path, attribute: str, value: Any) -> Value:
 
 def _read_geojson(path: Path, attribute: str | None) -> tuple[np.ndarray, list[Value], CRS]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8-sig"))
+        document = json.loads(limited_bytes(path, LARGEST_GEOJSON).decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise VectorError(f"{path}: not JSON that can be read ({error})") from error
     features = _features(path, document)
@@ -322,12 +335,23 @@ def _geojson_crs(path: Path, document: dict[str, Any]) -> CRS:
         return WGS84
     try:
         name = member["properties"]["name"]
-        return WGS84 if name.endswith("CRS84") else CRS.from_user_input(name)
+        return WGS84 if name.endswith("CRS84") else named_crs(name)
     except MALFORMED as error:
         raise VectorError(
             f"{path}: its 'crs' member names no known CRS ({error}); remove it if the coordinates "
             "are longitude and latitude"
         ) from error
+
+
+def named_crs(name: str) -> CRS:
+    """The CRS of a code or URN; ValueError of anything else, which GDAL may take for an address.
+
+    >>> named_crs("urn:ogc:def:crs:EPSG::32633").to_epsg(), named_crs("EPSG:3857").to_epsg()
+    (32633, 3857)
+    """
+    if not CRS_NAME.fullmatch(name):
+        raise ValueError("a code such as EPSG:32633 is expected")
+    return CRS.from_user_input(name)
 
 
 def _read_ogr(
@@ -337,9 +361,14 @@ def _read_ogr(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd rings are repaired and counted
             layer = _choose_layer(path, layer)
+            claimed = pyogrio.read_info(path, layer=layer)
+            if claimed["features"] > path.stat().st_size:
+                raise VectorError(
+                    f"{path}: its header claims {claimed['features']} features, more than it has "
+                    "bytes; copy it again from its source"
+                )
             if attribute is not None:
-                fields = pyogrio.read_info(path, layer=layer)["fields"]
-                _check_name(path, "attribute", attribute, fields)
+                _check_name(path, "attribute", attribute, claimed["fields"])
             about, _, wkb, columns = read_ogr(
                 path, layer, columns=[attribute] if attribute else [], datetime_as_string=True
             )

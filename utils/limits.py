@@ -1,0 +1,35 @@
+"""Limits on what comes in: files read no further than they may go, text that shows as one line."""
+
+import os
+from pathlib import Path
+
+MEBIBYTE = 2**20
+
+
+def limited_bytes(path: Path, most: int) -> bytes:
+    """A file's bytes; ValueError where it has more than `most`, which are never in memory.
+
+    >>> limited_bytes(Path(os.devnull), most=4)
+    b''
+    >>> limited_bytes(Path("/dev/zero"), most=4)
+    Traceback (most recent call last):
+    ValueError: larger than 4 bytes, the most that is read of such a file
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(min(size or most, most) + 1)
+    if max(size, len(content)) > most:
+        told = f"{most // MEBIBYTE} MiB" if most >= MEBIBYTE else f"{most} bytes"
+        raise ValueError(f"larger than {told}, the most that is read of such a file")
+    return content
+
+
+def spelt_out(text: str) -> str:
+    """The text with all that moves a cursor, turns the line or does not show written as escapes.
+
+    >>> spelt_out("north\\n\\x1b[2J.tif"), spelt_out("Ödland 2.tif")
+    ('north\\\\n\\\\x1b[2J.tif', 'Ödland 2.tif')
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

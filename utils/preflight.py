@@ -1,0 +1,122 @@
+"""What would end a later phase, found before an earlier one computes for hours.
+
+Only paths and headers are looked at, and only those that no phase of the run is to make itself.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from config import Config
+from utils.cache import read_manifest
+from utils.checkpoint import CheckpointError
+from utils.distributed import Runtime
+from utils.engine import best_path
+from utils.inference import check_outputs, in_folder, written
+from utils.locks import alone_in
+from utils.scenes import files_of, find_scenes
+from utils.splits import SplitError
+
+
+class PlaceError(Exception):
+    """A place that cannot be written to."""
+
+    exit_code = 4
+
+
+def look_ahead(config: Config) -> None:
+    """Raise the error that a phase of this run would end with, from cheap checks to dear ones."""
+    if config.prepare.enable:
+        for source in each_of(config.prepare.raw_images_dir):
+            next(files_of(source, "paths.raw_images_dir"), None)
+    elif config.train.enable:
+        read_manifest(config.train.processed_dir)
+    for path in lists_of(config) if config.train.enable else ():
+        if not path.is_file():
+            raise SplitError(f"{path}: no such file (dataset.splits)")
+    for key, folder in outputs_of(config):
+        require_writable(folder, key)
+    if config.inference.enable:
+        check_inference(config)
+
+
+def check_inference(config: Config) -> None:
+    """The weights' file, unless training is to write it, and the headers of the scenes to map."""
+    section, trains = config.inference, config.train.enable
+    path = section.checkpoint or best_path(config.train.weights_dir, config.model.head)
+    made = trains and path == best_path(config.train.weights_dir, config.model.head)
+    if not made and not path.is_file():
+        raise CheckpointError(
+            f"{path}: no such checkpoint; train first, or set inference.checkpoint to one"
+        )
+    scenes, _ = find_scenes(section.input_tif, "inference.input_tif", except_in=written(section))
+    check_outputs(section, scenes, in_folder(section, scenes))
+
+
+def each_of(sources: Path | tuple[Path, ...]) -> tuple[Path, ...]:
+    """One path or several, as several.
+
+    >>> each_of(Path("scenes")) == each_of((Path("scenes"),)) == (Path("scenes"),)
+    True
+    """
+    return (sources,) if isinstance(sources, Path) else sources
+
+
+def lists_of(config: Config) -> list[Path]:
+    """The files that the split is made by."""
+    splits = config.dataset.splits
+    return [path for path in (splits.regions, splits.train_list, splits.val_list) if path]
+
+
+def outputs_of(config: Config) -> Iterator[tuple[str, Path]]:
+    """The folders that the enabled phases write in, each with the key that names it."""
+    if config.prepare.enable:
+        yield "paths.processed_dir", config.prepare.processed_dir
+    if config.train.enable:
+        yield "train.weights_dir", config.train.weights_dir
+    if config.inference.enable:
+        for name in ("output_tif", "probabilities", "confidence", "polygons"):
+            if (path := getattr(config.inference, name)) is not None:
+                yield f"inference.{name}", path.parent if path.suffix else path
+
+
+def require_writable(folder: Path, key: str) -> None:
+    """Raise PlaceError where a folder can neither be written in nor be made.
+
+    >>> from tempfile import NamedTemporaryFile
+    >>> with NamedTemporaryFile() as file:
+    ...     require_writable(Path(file.name, "cache"), "paths.processed_dir")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    utils.preflight.PlaceError: ...: is no folder, so nothing ...; correct paths.processed_dir
+    """
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise PlaceError(f"{place}: is no folder, so nothing can be written below; correct {key}")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PlaceError(f"{place}: no permission to write there; grant it, or correct {key}")
+
+
+@contextlib.contextmanager
+def cache_held(config: Config, run: Runtime) -> Iterator[None]:
+    """Hold the cache against other runs, where prepare or verify is to work in it."""
+    held: set[Path] = set()
+    with contextlib.ExitStack() as stack:
+        for name in ("prepare", "verify") if run.is_main else ():
+            section = getattr(config, name)
+            if section.enable and section.processed_dir not in held:
+                held.add(section.processed_dir)
+                key, make = f"{name}.processed_dir", name == "prepare"
+                stack.enter_context(alone_in(section.processed_dir, key, make))
+        yield
+
+
+@contextlib.contextmanager
+def weights_held(config: Config, run: Runtime) -> Iterator[None]:
+    """Hold the folder of weights against other runs, where training is to write there."""
+    wanted = config.train.enable and run.is_main
+    folder = config.train.weights_dir
+    with alone_in(folder, "train.weights_dir") if wanted else contextlib.nullcontext():
+        yield
