@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 
 from config import Config
-from utils.artefacts import write_artefact
+from utils.artefacts import sweep, write_artefact
 
 STATES = {
     0: "done",
@@ -175,6 +175,7 @@ def write_status(folder: Path, code: int | None, message: str = "") -> None:
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
     with contextlib.suppress(OSError):
+        sweep(folder)  # what a run left that was killed while it wrote the same
         write_artefact(folder / "status.json", f"{json.dumps(told, indent=2)}\n".encode())
 
 

@@ -20,7 +20,7 @@ KEYS = {
     "model": {"head": "unet"},
     "prepare": {"batch_size": 2},
     "verify": {"workers": 2},
-    "train": {"batch_size": 2, "epochs": 3, "checkpoint_minutes": 1e-9, "ema_decay": 0.9},
+    "train": {"batch_size": 2, "epochs": 2, "checkpoint_minutes": 1e-9, "ema_decay": 0.9},
     "inference": {"batch_size": 2, "tta": {"horizontal_flip": True}, "confidence": "sure.tif"},
 }
 OWN = {"run.log", "status.json", ".lock", ".lock.json"}  # of each run: times, the process's number
