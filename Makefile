@@ -1,7 +1,7 @@
 # Each target only calls what can be called by hand; `make demo PYTHON=python3.12` picks another Python.
 PYTHON ?= python3
 
-.PHONY: demo test lint bench
+.PHONY: demo test faults lint bench
 
 demo: .venv/run.stamp
 	.venv/bin/python -m utils.demo demo
@@ -10,6 +10,9 @@ demo: .venv/run.stamp
 
 test: .venv/dev.stamp
 	.venv/bin/python -m pytest
+
+faults: .venv/dev.stamp
+	DINOV3SEG_FAULTS=whole .venv/bin/python -m pytest tests/faults
 
 lint: .venv/dev.stamp
 	.venv/bin/ruff check .
