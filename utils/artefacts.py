@@ -102,6 +102,8 @@ def checked_zip(stored: bytes) -> io.BytesIO:
     """
     file = io.BytesIO(stored)
     with zipfile.ZipFile(file) as archive:
+        if sum(member.file_size for member in archive.infolist()) > len(stored):
+            raise ValueError("its members claim more bytes than it has")
         broken = archive.testzip()
     if broken is not None:
         raise ValueError(f"checksum of {broken} is wrong")
