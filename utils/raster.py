@@ -19,7 +19,7 @@ import rasterio
 import tifffile
 from rasterio._err import CPLE_BaseError  # what rasterio.warp raises; it has no public name
 from rasterio.crs import CRS
-from rasterio.enums import ColorInterp, Interleaving, MaskFlags, Resampling
+from rasterio.enums import ColorInterp, MaskFlags, Resampling
 from rasterio.errors import NotGeoreferencedWarning, RasterioError, RasterioIOError
 from rasterio.io import DatasetReader
 from rasterio.transform import Affine
@@ -209,12 +209,17 @@ def _check_claims(path: Path, dataset: DatasetReader) -> None:
     """Refuse a header that claims what no memory could hold, or places that are no numbers."""
     rows, cols = dataset.block_shapes[0] if dataset.count else (0, 0)
     pixel = max((bytes_of(kind) for kind in dataset.dtypes), default=0)
-    together = dataset.count if dataset.interleaving == Interleaving.pixel else 1
+    pixelwise = dataset.tags(ns="IMAGE_STRUCTURE").get("INTERLEAVE") == "PIXEL"
+    together = dataset.count if pixelwise else 1
     said = too_large(dataset.height, dataset.width, dataset.count, rows * cols * pixel * together)
     if said:
         raise RefusedError(f"{path}: {said}")
-    if not np.isfinite(list(dataset.transform)).all():
-        raise RefusedError(f"{path}: its transform holds what is no number; set it with gdal_edit")
+    place = dataset.transform
+    if not np.isfinite(list(place)).all() or place.determinant == 0:
+        raise RefusedError(
+            f"{path}: its transform {list(place)[:6]} gives its pixels no area; set the right one "
+            "with gdal_edit -a_ullr ULX ULY LRX LRY"
+        )
 
 
 def bytes_of(kind: str) -> int:

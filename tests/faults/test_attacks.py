@@ -230,7 +230,7 @@ ALIASES = "a0: &a0 [x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30)
 )
 ATTACKS: dict[str, tuple[Attack, int]] = {
-    **{f"tile, {make.__name__}": (in_a_tile(make), 3) for make in MADE if make is not deflated},
+    **{f"tile, {make.__name__}": (in_a_tile(make), 3) for make in MADE},
     **{f"verified tiles, {make.__name__}": (in_all_tiles(make), 3) for make in MADE},
     **{f"checkpoint, {make.__name__}": (in_the_weights(make), 3)
        for make in (*MADE, weights_of_one_number, claims)},
