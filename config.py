@@ -111,6 +111,9 @@ class Resources(Section):
     )
     distributed: bool = Field(False, description="run as one of several processes under torchrun")
     dist_backend: Literal["nccl", "gloo"] = Field("nccl", description="nccl: GPUs, gloo: CPUs")
+    timeout_minutes: Annotated[float, Field(gt=0, le=10080)] = Field(
+        30.0, description="without a sign of life of a process, after which the others end"
+    )
 
 
 class Logging(Section):

@@ -104,12 +104,15 @@ def guarded(config: Config) -> int:
 
 def run_phases(config: Config, log: VerbosityLogger) -> None:
     """Prepare, verify and train among the ranks; then the first one infers."""
+    import torch
+
     from utils import phases
     from utils.block_cache import make_room
     from utils.distributed import distributed
     from utils.preflight import cache_held, look_ahead, weights_held
 
     make_room(config)
+    torch.set_float32_matmul_precision(config.resources.matmul_precision)
     with distributed(config.resources) as run:
         if run.is_main:
             look_ahead(config)
@@ -125,11 +128,11 @@ def run_phases(config: Config, log: VerbosityLogger) -> None:
 
 def enter(phase: "Phase", config: Config, run: "Runtime", log: VerbosityLogger) -> None:
     """Run a phase that is enabled, unless a signal has come in."""
-    from utils.process import STOP
+    from utils.process import STOP, within_memory
 
     STOP.check()
     if getattr(config, phase.__name__).enable:
-        with TimedBlock(log, phase.__name__):
+        with TimedBlock(log, phase.__name__), within_memory(phase.__name__):
             phase(config, run, log)
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
@@ -140,6 +141,20 @@ def apart(call: Callable[..., Result], *arguments: Any) -> Result:
     """A module's function called in a new process: its memory is its own."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(call, *arguments).result()
+
+
+def growth_of_pace(
+    runs: int, phase: Callable[..., Spent], path: Path, rasters: Sequence[Sequence[str]]
+) -> float:
+    """CPU seconds per tile of a large scene over those of a small one.
+
+    rasters: overrides for the small and the large one; each run is a new process.
+    """
+    calls = [partial(apart, phase, path, overrides) for overrides in rasters]
+    small, large = (
+        median(run.cpu / run.tiles for run in spent) for spent in alternate(runs, *calls)
+    )
+    return large / small
 
 
 def rows_of(script: str) -> Any:

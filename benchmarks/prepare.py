@@ -12,7 +12,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.meter import MB, alternate, apart, best_batch, seconds_of, slope
+from benchmarks.meter import MB, alternate, apart, best_batch, growth_of_pace, seconds_of, slope
 from benchmarks.rows import Row
 from benchmarks.scenes import DEGREES, pixels
 from benchmarks.workload import (
@@ -99,10 +99,10 @@ def growth_rows(folder: Path, name: str, runs: int) -> list[Row]:
     path = write_project(folder, name)
     peaks = [apart(null_prepare, path, overrides).peak for overrides in rasters]
     path = write_project(folder, "tiny")
-    times = [run.cpu / run.tiles for run in (apart(prepare_anew, path, each) for each in rasters)]
+    growth = growth_of_pace(runs, prepare_anew, path, rasters)
     return [
         Row("prepare: memory of a 10k² scene over a 4k² one", (peaks[1] - peaks[0]) / MB, 25, "MB"),
-        Row("prepare: time per tile of a 10k² scene over a 4k² one", times[1] / times[0], 1.05),
+        Row("prepare: time per tile of a 10k² scene over a 4k² one", growth, 1.05),
     ]
 
 

@@ -49,6 +49,17 @@ def test_an_unknown_script_is_refused(capsys):
     assert "no such script: nothing" in capsys.readouterr().err
 
 
+def test_the_growth_of_pace_is_a_ratio_of_medians(monkeypatch):
+    seconds = {"small": iter([4.0, 40.0, 5.0]), "large": iter([20.0, 24.0, 22.0])}
+    tiles = {"small": 1, "large": 4}
+
+    def apart(phase, path, size):
+        return meter.Spent(tiles[size], 0, 0, next(seconds[size]), 0, 0)
+
+    monkeypatch.setattr(meter, "apart", apart)
+    assert meter.growth_of_pace(3, None, Path(), ("small", "large")) == 5.5 / 5.0
+
+
 def test_without_a_gpu_its_script_says_so_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert gpu.main([]) == 4

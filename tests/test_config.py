@@ -58,6 +58,7 @@ inference: {enable: false, input_tif: null, output_tif: null, checkpoint: null, 
 OURS = {
     "resources.precision": "auto",
     "resources.compile": False,
+    "resources.timeout_minutes": 30.0,
     "dataset.cache": "features",
     "dataset.bands": None,
     "dataset.rgb": None,

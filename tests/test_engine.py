@@ -527,7 +527,8 @@ def test_a_poisoned_epoch_leaves_the_checkpoint_of_the_one_before(tmp_path):
 
 def test_validation_tiles_that_are_no_numbers_stop_the_run_and_are_named(tmp_path):
     val = poisoned(make_samples(3, size=32, seed=1), 1)
-    with pytest.raises(DivergedError, match="validation loss is nan; .* land__r000001$"):
+    said = "validation loss is nan before step 5 with rates .*; look at the tiles land__r000001$"
+    with pytest.raises(DivergedError, match=said):
         fitted(head_of(), make_samples(4, size=32), val, tmp_path, batch_size=1, epochs=2)
     assert list(tmp_path.iterdir()) == []
 

@@ -23,14 +23,16 @@ FLOORS = [
         "config", "utils.scenes", "utils.vectors", "utils.maps", "utils.ground", "utils.blocks",
         "utils.warping", "models.linear", "models.unet", "models.unet_v2", "models.maskformer",
     },
+    {"utils.process"},
     {
-        "utils.process", "utils.distributed", "utils.burning", "utils.label_values",
+        "utils.distributed", "utils.burning", "utils.label_values",
         "utils.splits", "utils.regions", "utils.block_cache", "models.backbone", "models",
     },
     {
         "utils.labels", "utils.data", "utils.checkpoint", "utils.polygons", "utils.products",
         "utils.pace", "utils.resume", "models.segmenter",
     },
+    {"utils.divergence"},
     {"utils.prepare", "utils.engine", "utils.inference"},
     {"utils.preflight"},
     {"utils.phases"},

@@ -21,7 +21,9 @@ import yaml
 import main
 from config import Model, load_config
 from models import HEADS
-from models.backbone import write_random_backbone
+from models.backbone import DinoBackbone, write_random_backbone
+from models.base import SegmentationHead
+from models.segmenter import Segmenter
 from utils import phases
 from utils.data import PrecomputedDataset
 from utils.distributed import Runtime
@@ -227,6 +229,16 @@ def recorder_of(phase, joined):
     return noted
 
 
+@pytest.mark.parametrize("wanted", ["highest", "medium"])
+def test_products_of_float32_have_the_configured_precision(copy, monkeypatch, wanted):
+    found, told = [], torch.get_float32_matmul_precision
+    before = told()
+    monkeypatch.setattr(main, "enter", lambda *_: found.append(told()))
+    assert project.run(copy, f"resources.matmul_precision={wanted}") == 0
+    torch.set_float32_matmul_precision(before)
+    assert set(found) == {wanted}
+
+
 # ---- the command line ----
 
 
@@ -423,17 +435,60 @@ def test_a_killed_loader_process_is_4(copy, capsys, monkeypatch):
     assert "a worker process was killed, mostly for want of memory" in one_error(capsys)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")],
-)
-def test_too_little_memory_is_4(copy, capsys, monkeypatch, error):
-    def train(*_):
-        raise error
+@pytest.fixture(scope="module")
+def by_twos(tmp_path_factory):
+    """A finished project where every phase has more than one batch."""
+    by_two = {phase: {"batch_size": 2} for phase in ("prepare", "train", "inference")}
+    config = project.write_project(tmp_path_factory.mktemp("twos"), 128, 192, **by_two)
+    assert project.run(config) == 0
+    return config
 
-    monkeypatch.setattr(phases, "train", train)
-    assert project.run(copy, *ONLY_TRAIN) == 4
-    assert "out of memory; lower the batch_size" in one_error(capsys)
+
+PRODUCTS = {
+    "prepare": ("cache", "weights", "map.tif"),
+    "train": ("weights", "map.tif"),
+    "inference": ("map.tif",),
+}
+SHORT_OF_MEMORY = {
+    "prepare": (DinoBackbone, "lower prepare.batch_size, then prepare.readers"),
+    "train": (SegmentationHead, "lower train.batch_size"),
+    "inference": (Segmenter, "lower inference.batch_size, then inference.max_memory"),
+}
+
+
+@pytest.mark.parametrize("phase", SHORT_OF_MEMORY)
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"), "of GPU memory"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "of GPU memory"),
+        (MemoryError(), "of memory"),
+    ],
+)
+def test_too_little_memory_in_a_phase_is_4_names_its_keys_and_skips_no_tile(
+    by_twos, tmp_path, capsys, monkeypatch, phase, error, what
+):
+    config = shutil.copytree(by_twos.parent, tmp_path / "short") / "config.yml"
+    for path in (config.parent / each for each in PRODUCTS[phase]):
+        (shutil.rmtree if path.is_dir() else os.remove)(path)
+    network, remedy = SHORT_OF_MEMORY[phase]
+    forward, calls = network.forward, iter(range(100))
+
+    def short(self, *arguments):
+        if next(calls) == 1:
+            raise error
+        return forward(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(network, "forward", short)
+        capsys.readouterr()
+        assert project.run(config) == 4
+        assert one_error(capsys).startswith(f"{phase}: out {what}; {remedy}")
+    assert next(calls) == 2
+    assert not (config.parent / "map.tif").exists()
+    assert project.run(config) == 0
+    ours, wanted = (read_whole(each.parent / "map.tif") for each in (config, by_twos))
+    assert np.array_equal(ours, wanted)
 
 
 def test_an_allocation_that_torch_cannot_make_is_4(copy, capsys, monkeypatch):

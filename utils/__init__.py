@@ -26,6 +26,7 @@ losses       CE + Dice over labelled pixels
 metrics      confusion matrix → IoU and Dice
 optim        Muon + AdamW in one optimizer, OneCycle, early stopping
 resume       where training stands, on disk
+divergence   what is no number in training, and on which tiles
 engine       the training loop
 blending     overlapping tiles → one field of probabilities
 products     the rasters of a map, from finished pixels
@@ -38,7 +39,7 @@ polygons     maps as polygons
 checkpoint   weights with everything needed to use them again
 distributed  ranks, devices, sharing of work
 logging      messages, timed blocks, progress
-process      threads, signals, exit codes
+process      threads, signals, parent and workers, exit codes
 strict_yaml, key_faults, key_rules    what config.py checks files with
 landscape    a synthetic countryside with its exact class map
 demo         a self-contained demo project, and the report on its map

@@ -36,7 +36,7 @@ from utils.cache import (
 from utils.distributed import Runtime
 from utils.footprints import footprints, write_sides
 from utils.logging import VerbosityLogger
-from utils.process import STOP, forget_signals
+from utils.process import serve_parent
 from utils.sampling import balanced_order
 from utils.splits import Split, audit, split_by_blocks, split_by_lists, split_by_regions
 from utils.turns import Turn
@@ -87,12 +87,12 @@ def verify(folder: Path, workers: int, run: Runtime, log: VerbosityLogger) -> No
     with _mapper(min(workers, len(paths))) as check_all:
         found = check_all(partial(_fault, manifest=manifest), paths)
         work = log.progress(found, "verify", total=len(paths), unit="tile", every=50)
-        for path, fault in zip(paths, work, strict=True):
-            STOP.check()
+        for path, fault in run.beating(zip(paths, work, strict=True)):
             if fault is not None:
                 path.unlink()
                 bad += 1
                 log.warning(f"verify: deleted {fault}")
+    run.wait()
     checked, bad = run.sum(torch.tensor([len(paths), bad])).tolist()
     log.info(f"verify: {checked} tiles checked, {bad} deleted")
     if checked == bad:
@@ -110,7 +110,7 @@ def _fault(path: Path, manifest: Manifest) -> str | None:
 
 def _start_worker(_: int) -> None:
     """In a process that reads tiles: one thread, and the parent decides when it ends."""
-    forget_signals()
+    serve_parent()
     torch.set_num_threads(1)
 
 

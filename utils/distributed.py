@@ -6,8 +6,9 @@ and `run.wait` and is the same on one CPU and on many GPUs.
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -19,10 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config import Resources
 from utils.logging import VerbosityLogger
+from utils.process import STOP, StoppedError, exit_code_of
 
 Item = TypeVar("Item")
-PATIENCE = timedelta(hours=6)  # one rank may look at thousands of scenes while the others wait
-
+BEAT, LOOK = 1.0, 0.05  # seconds between two signs of life, and between two looks for them
 LAUNCH = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # what torchrun sets
 
 
@@ -39,10 +40,77 @@ class LaunchError(DeviceError):
 
 
 class PeerError(Exception):
-    """Another rank ended or cannot be reached, and this one cannot go on alone."""
+    """Another rank ended or cannot be reached, and this one cannot go on alone.
 
-    exit_code = 4
+    exit_code: that of the rank that failed first, where it left word of it.
+    """
+
     everywhere = True
+
+    def __init__(self, text: str, exit_code: int = 4) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
+class Pulse:
+    """Signs of life and last words of ranks, in the store by which they found each other.
+
+    An exchange between ranks ends them all when it takes longer than `resources.timeout_minutes`.
+    Where one may wait for hours while another works, they meet here first: that one still beats.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, minutes: float) -> None:
+        self.store, self.rank, self.world_size, self.minutes = store, rank, world_size, minutes
+        self._meetings, self._beat = 0, 0.0
+
+    def beat(self) -> None:
+        """Tell the others that this rank is at work; called between any two pieces of it."""
+        if time.monotonic() - self._beat > BEAT:
+            self._beat = time.monotonic()
+            self.store.add(f"beats of {self.rank}", 1)
+
+    def meet(self) -> None:
+        """Go on when all ranks are here; not while they work, but long after one gave no sign."""
+        self._meetings += 1
+        here = f"ranks at meeting {self._meetings}"
+        self.store.add(here, 1)
+        signs, since = [], time.monotonic()
+        while self.store.add(here, 0) < self.world_size:
+            STOP.check()
+            if self.word() is not None:
+                raise PeerError("another rank failed")
+            found = [self.store.add(f"beats of {rank}", 0) for rank in range(self.world_size)]
+            found.append(self.store.add(here, 0))
+            if found != signs:
+                signs, since = found, time.monotonic()
+            if time.monotonic() - since > 60 * self.minutes:
+                raise PeerError(silence(self.minutes))
+            time.sleep(LOOK)
+
+    def leave_word(self, code: int) -> None:
+        """Tell the others that this rank fails, as far as they can still be told."""
+        with contextlib.suppress(RuntimeError):
+            self.store.compare_set("failed", "", f"{self.rank} {code}")
+
+    def word(self) -> tuple[int, int] | None:
+        """The rank that failed first and its exit code, if one left word."""
+        with contextlib.suppress(RuntimeError):
+            if self.store.check(["failed"]):
+                rank, code = self.store.get("failed").split()
+                return int(rank), int(code)
+        return None
+
+
+def silence(minutes: float) -> str:
+    """What to say of a rank that hangs.
+
+    >>> silence(30.0)
+    'no sign of life of another rank for 30 minutes (resources.timeout_minutes); see its machine'
+    """
+    return (
+        f"no sign of life of another rank for {minutes:g} minutes (resources.timeout_minutes); "
+        "see its machine"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +127,7 @@ class Runtime:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    pulse: Pulse | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -143,9 +212,23 @@ class Runtime:
         return context if self.is_main else contextlib.nullcontext()
 
     def wait(self) -> None:
-        """Go on when every rank is here."""
+        """Go on when every rank is here, however long those that work in `beating` take."""
+        if self.pulse is not None:
+            self.pulse.meet()
         if self.world_size > 1:
             self.sum(torch.zeros(1))
+
+    def beating(self, work: Iterable[Item]) -> Iterator[Item]:
+        """The pieces of long work while others may wait; ends between two if a signal asks it to.
+
+        >>> list(Runtime().beating("abc"))
+        ['a', 'b', 'c']
+        """
+        for piece in work:
+            STOP.check()
+            if self.pulse is not None:
+                self.pulse.beat()
+            yield piece
 
 
 def _backend_device(local_rank: int) -> torch.device:
@@ -251,14 +334,47 @@ def distributed(resources: Resources) -> Iterator[Runtime]:
     if resources.dist_backend == "nccl":
         Runtime(local_rank=local_rank).device("cuda")
         torch.cuda.set_device(local_rank)
+    pulse = None
     try:
-        dist.init_process_group(resources.dist_backend, timeout=PATIENCE)
-        yield Runtime(dist.get_rank(), local_rank, dist.get_world_size())
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        dist.init_process_group(
+            resources.dist_backend, timeout=timedelta(minutes=resources.timeout_minutes)
+        )
+        rank, size = dist.get_rank(), dist.get_world_size()
+        store = dist.PrefixStore("dinov3seg", dist.distributed_c10d._get_default_store())
+        pulse = Pulse(store, rank, size, resources.timeout_minutes)
+        yield Runtime(rank, local_rank, size, pulse)
+    except Exception as error:
+        ending = told(error, pulse, resources.timeout_minutes)
+        if ending is error:
             raise
-        reason = str(error).partition("\n")[0]
-        raise PeerError(f"lost the other ranks, whose own lines may say why ({reason})") from error
+        raise ending from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def told(error: Exception, pulse: Pulse | None, minutes: float) -> Exception:
+    """What a rank ends with: its own error, whose code the others learn, or that of one of them."""
+    stopped = isinstance(error, StoppedError)
+    if not (stopped or isinstance(error, PeerError) or lost(error)):
+        if pulse is not None:
+            pulse.leave_word(exit_code_of(error) or 1)
+        return error
+    if pulse is not None and (word := pulse.word()) is not None:
+        rank, code = word
+        return PeerError(f"rank {rank} failed with exit code {code}; its own line says why", code)
+    if stopped or STOP.asked:
+        return StoppedError()
+    if isinstance(error, PeerError):
+        return error
+    reason = str(error).partition("\n")[0]
+    if "Timed out" in reason:
+        return PeerError(silence(minutes))
+    return PeerError(f"lost the other ranks, whose own lines may say why ({reason})")
+
+
+def lost(error: Exception) -> bool:
+    """Whether an exchange failed since another rank is gone or silent."""
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, dist.DistError) or "gloo" in str(error)
+    )

@@ -8,8 +8,9 @@ import csv
 import io
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from utils.cache import Manifest
 from utils.checkpoint import Checkpoint, plain_state, save_checkpoint
 from utils.data import Loaders, Sample
 from utils.distributed import Runtime, autocast, warn_of_compiling
+from utils.divergence import DivergedError, diagnosis, require_sound
 from utils.logging import VerbosityLogger
 from utils.losses import SegmentationLoss, balanced_weights
 from utils.metrics import Score, SegmentationMetrics, best_class
@@ -35,12 +37,6 @@ from utils.tiling import batched
 
 Encode = Callable[[Tensor], list[Tensor]]
 Save = Callable[[nn.Module, int, Score], Path]
-
-
-class DivergedError(Exception):
-    """Training produced a loss or gradient that is no number."""
-
-    exit_code = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +128,11 @@ class Step:
             share = float(count / total) * self.run.world_size  # DDP averages over ranks
             with self.run.unsynced(self.model, last=number == len(window)):
                 parts = self.forward(self.model, batch)
-                (parts.total * share).backward()
+                # a loss that is no number makes every rank's gradient none
+                factor = torch.where(parts.total.isfinite(), share, math.nan)
+                (parts.total * factor).backward()
             values = torch.stack([parts.total.detach(), *parts[1:]]).double().cpu()
             sums += torch.cat([values * count, count.double()[None]])
-        # not before every rank has had its last exchange: nobody is left waiting for a lost one
-        require_finite(sums[0], "loss", window, self.schedule)
         self.update(window)
         return sums
 
@@ -165,23 +161,18 @@ class Step:
         """Clip, step, average, and move the rates on."""
         limit = self.section.clip_grad or math.inf
         norm = nn.utils.clip_grad_norm_(self.head.parameters(), limit)
-        require_finite(norm, "gradient", window, self.schedule)
+        if not torch.isfinite(norm):  # the same on every rank
+            raise DivergedError(diagnosis(self, window))
         self.optimizer.step()
         self.schedule.step()
         if self.ema:
             self.ema.update_parameters(self.head)
 
-
-def require_finite(value: Tensor, what: str, window: list[Sample], schedule) -> None:
-    """Stop before a poisoned step reaches the weights, naming the step, the rates and the tiles."""
-    if torch.isfinite(value):
-        return
-    rates = ", ".join(f"{rate:.2g}" for rate in schedule.get_last_lr())
-    names = ", ".join(name for batch in window for name in batch.name)
-    raise DivergedError(
-        f"{what} is {value.item()} at step {schedule.last_epoch + 1} (rates {rates}; "
-        f"tiles {names}); lower train.muon_lr and train.adamw_lr, or look at these tiles"
-    )
+    @property
+    def place(self) -> str:
+        """The step that is under way, and its rates."""
+        rates = ", ".join(f"{rate:.2g}" for rate in self.schedule.get_last_lr())
+        return f"step {self.schedule.last_epoch + 1} with rates {rates}"
 
 
 def ema_of(head: nn.Module, decay: float) -> AveragedModel:
@@ -231,6 +222,7 @@ class Keeper:
 
     def keep(self, progress: Progress) -> None:
         """Write where training stands now."""
+        require_sound(self.step)
         if self.resume is not None and self.step.run.is_main:
             progress.parts, progress.stopping = self.step.state_dict(), self.stopping.state_dict()
             self.resume.keep(progress)
@@ -255,6 +247,7 @@ def train_one_epoch(
             keeper.keep(progress)
         if step.stopping:
             raise StoppedError
+    progress.sums = run.gather(sums.tolist())
     *parts, pixels = run.sum(sums).tolist()
     count = float(run.sum(torch.tensor(count)))
     means = [part / max(pixels, 1) for part in parts]
@@ -263,13 +256,16 @@ def train_one_epoch(
 
 @torch.inference_mode()
 def evaluate(step: Step, batches: DataLoader, num_classes: int, ignore_index: int) -> Score:
-    """Loss, IoU and Dice over all ranks' validation tiles: exact sums, the same on every rank."""
+    """Loss, IoU and Dice over all ranks' validation tiles: exact sums, the same on every rank.
+
+    Asked to end, all ranks do after the same batch.
+    """
     model = step.evaluated.eval()
     step.run.align(model)
     metrics = SegmentationMetrics(num_classes, ignore_index, step.device)
     sums = torch.zeros(2, dtype=torch.float64)
     broken: list[str] = []
-    for batch in batches:
+    for batch in in_step(batches, step.run):
         parts = step.forward(
             model, batch,
             lambda logits, label: metrics.update(torch.stack(list(map(best_class, logits))), label),
@@ -280,9 +276,24 @@ def evaluate(step: Step, batches: DataLoader, num_classes: int, ignore_index: in
     metrics.confusion = step.run.sum(metrics.confusion)
     loss, pixels = step.run.sum(sums).tolist()
     if not math.isfinite(loss):
-        names = ", ".join(broken) or "of the other ranks"
-        raise DivergedError(f"validation loss is {loss}; look at the tiles {names}")
+        names = ", ".join(name for of_rank in step.run.gather(broken) for name in of_rank)
+        raise DivergedError(
+            f"validation loss is {loss} before {step.place}; look at the tiles {names}"
+        )
     return metrics.score(loss / max(pixels, 1))
+
+
+def in_step(batches: Sequence[Sample], run: Runtime) -> Iterator[Sample]:
+    """Batches, of which the first rank has the most; raises on all ranks where one is to end.
+
+    >>> list(in_step("abc", Runtime()))
+    ['a', 'b', 'c']
+    """
+    own = iter(batches)
+    for _ in range(int(run.agree(len(batches)))):
+        if run.sum(torch.tensor(int(STOP.asked))):
+            raise StoppedError
+        yield from islice(own, 1)
 
 
 def fit(
@@ -308,7 +319,11 @@ def fit(
         loaders.sampler.epoch, loaders.sampler.skipped = epoch, skipped * section.batch_size
         batches = log.progress(loaders.train, f"epoch {epoch}/{section.epochs}")
         losses = train_one_epoch(step, batches, progress, keeper)
-        score = evaluate(step, loaders.val, manifest.num_classes, manifest.ignore_index)
+        try:
+            score = evaluate(step, loaders.val, manifest.num_classes, manifest.ignore_index)
+        except StoppedError:
+            keeper.keep(progress)
+            raise
         conclude(progress, losses, score, keeper, save, log)
     run.wait()
     return best_of(progress)
@@ -321,6 +336,7 @@ def conclude(
     """Put an epoch on record: the best weights, metrics.csv, a line, and the progress."""
     step, stopping, epoch = keeper.step, keeper.stopping, progress.epoch
     run, section = step.run, step.section
+    require_sound(step)
     better = stopping.update(run.agree(score.miou))
     progress.history.append(row_of(epoch, losses, score, step))
     if better:

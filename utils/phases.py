@@ -40,7 +40,12 @@ Phase = Callable[[Config, Runtime, VerbosityLogger], None]
 
 
 class Described(NamedTuple):
-    """A backbone before its weights are loaded, which are taken for those that were used before."""
+    """A backbone before its weights are loaded, which are taken for those that were used before.
+
+    >>> spec = BackboneSpec("./vits16", (2, 5, 8, 11), 384, 16, (0.5,) * 3, (0.25,) * 3)
+    >>> Described(spec, weights_hash="0f9c").spec.channels
+    384
+    """
 
     spec: BackboneSpec
     weights_hash: str

@@ -42,7 +42,6 @@ from utils.labels import (
 )
 from utils.logging import VerbosityLogger
 from utils.maps import legend_of
-from utils.process import STOP
 from utils.quantize import HALF, as_cached
 from utils.raster import RasterError, Reading, Scene, ground_gsd, open_scene
 from utils.sampling import class_counts
@@ -205,7 +204,7 @@ def prepare(
     folder = section.processed_dir
     if run.is_main:
         sweep(folder)
-        _open_cache(folder, sources, wanted, log)
+        _open_cache(folder, sources, wanted, run, log)
     run.wait()
     work = list(_work(sources, section.tile_size))[run.rank :: run.world_size]
     tally = Tally()
@@ -214,10 +213,10 @@ def prepare(
         hand = stack.enter_context(behind(WAITING))
         found = stack.enter_context(ahead(readers, work, 2 * section.batch_size))
         steps = log.progress(found, "prepare", total=len(work), unit="tile", every=50)
-        for batch in batched(_to_make(steps, tally), section.batch_size):
-            STOP.check()
+        for batch in batched(_to_make(run.beating(steps), tally), section.batch_size):
             encoded = encode(np.stack([tile.image for tile in batch]))
             hand(_write_tiles, folder, batch, encoded)
+    run.wait()
     tally.merge(run.gather(tally))
     if run.is_main:
         _close_cache(folder, tally, sources, log)
@@ -279,7 +278,9 @@ def count_tiles(sources: Sources, size: int) -> int:
     return sum(1 for _ in _work(sources, size))
 
 
-def _open_cache(folder: Path, sources: Sources, wanted: Manifest, log: VerbosityLogger) -> None:
+def _open_cache(
+    folder: Path, sources: Sources, wanted: Manifest, run: Runtime, log: VerbosityLogger
+) -> None:
     """Look at every scene and the labels before any feature is computed, then claim the folder."""
     for path in sources.labels:
         number = nodata_class(path, sources.rules)
@@ -289,7 +290,7 @@ def _open_cache(folder: Path, sources: Sources, wanted: Manifest, log: Verbosity
                 f"({wanted.class_names[number]}); it stays a class"
             )
     scenes, sizes = {}, []
-    for name, path in sources.scenes:
+    for name, path in run.beating(sources.scenes):
         with (
             open_scene(path, sources.reading, name) as scene,
             open_labels(sources.labels, scene, sources.rules) as labels,

@@ -1,14 +1,18 @@
-"""The process around a run: threads, signals, and what an error means to whoever started it."""
+"""The process around a run: threads, signals, parent and workers, and what an error means to
+whoever started it."""
 
 import contextlib
 import ctypes
 import json
 import os
+import re
 import signal
 import socket
+import threading
+import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -30,6 +34,8 @@ ONLINE = (  # GDAL's drivers that reach into the net, or open what other drivers
     "WMS WMTS WCS HTTP EEDA EEDAI PLMOSAIC STACIT STACTA DAAS OGCAPI WFS OAPIF CSW Elasticsearch "
     "Carto AmigoCloud PLSCENES NGW GDALG ADBC"
 )
+OF_GPU = re.compile(r"CUDA (error: )?out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED")
+LOOK = 0.5  # seconds between two looks at whether the parent is still there
 SIGNALS = [
     getattr(signal, name)
     for name in ("SIGINT", "SIGTERM", "SIGUSR1")
@@ -107,8 +113,10 @@ STOP = Stop()
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Signals only ask the run to end. Afterwards a rank is deaf to torchrun, which stops all ranks
-    when one ends: it is ending by itself, with its own exit code.
+    """Signals only ask the run to end, and so does the end of the torchrun that started a rank.
+
+    Afterwards a rank is deaf to torchrun, which stops all ranks when one ends: it is ending by
+    itself, with its own exit code.
 
     >>> before = signal.getsignal(signal.SIGTERM)
     >>> with stoppable(): signal.getsignal(signal.SIGTERM) == STOP.ask
@@ -118,19 +126,51 @@ def stoppable() -> Iterator[None]:
     """
     STOP.asked = False
     before = {number: signal.signal(number, STOP.ask) for number in SIGNALS}
+    launched = "RANK" in os.environ
+    if launched:
+        in_thread(lambda: (outlive(os.getppid()), STOP.ask(signal.SIGTERM, None)))
     try:
         yield
     finally:
         for number, handler in before.items():
-            deaf = number == signal.SIGTERM and "RANK" in os.environ
+            deaf = number == signal.SIGTERM and launched
             signal.signal(number, signal.SIG_IGN if deaf else handler)
 
 
-def forget_signals() -> None:
-    """In a worker process: end when the parent says so, leave Ctrl-C to the parent."""
+def in_thread(work: Callable[[], object]) -> None:
+    """Have a thread do something that the end of the process need not wait for."""
+    threading.Thread(target=work, daemon=True).start()
+
+
+def outlive(parent: int) -> None:
+    """Return when this process's parent, whose number is given, is gone."""
+    while os.getppid() == parent:
+        time.sleep(LOOK)
+
+
+def serve_parent() -> None:
+    """In a worker process: end with the parent, or when the parent says so; ignore other signals.
+
+    Who ends a job often tells every process of it, and what the parent still has to do before it
+    ends needs its workers.
+    """
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_IGN)
+    parent = os.getppid()
+    if hasattr(signal, "sigtimedwait"):  # not on macOS: there the parent's word is ignored too
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        in_thread(lambda: (obey(parent), os._exit(0)))
+    else:
+        in_thread(lambda: (outlive(parent), os._exit(0)))
+
+
+def obey(parent: int) -> None:
+    """Return when the parent, whose number is given, sends SIGTERM or is gone."""
+    while os.getppid() == parent:
+        told = signal.sigtimedwait({signal.SIGTERM}, LOOK)
+        if told is not None and told.si_pid == parent:
+            return
 
 
 def write_status(folder: Path, code: int | None, message: str = "") -> None:
@@ -185,18 +225,50 @@ def ending_of(error: Exception) -> tuple[int, str]:
     )
 
 
+class WantOfMemoryError(Exception):
+    """Memory ran out in a phase; the text names the keys to lower."""
+
+    exit_code = 4
+
+
+REMEDIES = {
+    "prepare": "lower prepare.batch_size, then prepare.readers",
+    "verify": "lower verify.workers",
+    "train": "lower train.batch_size (train.grad_accum_steps makes up for it), then "
+    "train.num_workers",
+    "inference": "lower inference.batch_size, then inference.max_memory",
+}
+
+
+@contextlib.contextmanager
+def within_memory(phase: str) -> Iterator[None]:
+    """Where memory runs out in a phase, the error names the keys that lower what it takes.
+
+    >>> with within_memory("verify"): raise MemoryError
+    Traceback (most recent call last):
+    utils.process.WantOfMemoryError: verify: out of memory; lower verify.workers
+    """
+    try:
+        yield
+    except Exception as error:
+        if reason := out_of_memory(error):
+            raise WantOfMemoryError(f"{phase}: {reason}; {REMEDIES[phase]}") from error
+        raise
+
+
 def out_of_memory(error: Exception) -> str:
-    """What to say where memory ran out, here or in a worker that the system killed; else nothing.
+    """How memory ran out, here or in a worker that the system killed; nothing if it did not.
 
     >>> out_of_memory(MemoryError()), out_of_memory(KeyError("memory"))
-    ('out of memory; lower the batch_size or the workers of this phase', '')
+    ('out of memory', '')
     """
     kind, text = type(error).__name__, str(error)
-    remedy = "lower the batch_size or the workers of this phase"
-    if kind in ("MemoryError", "OutOfMemoryError") or "DefaultCPUAllocator" in text:
-        return f"out of memory; {remedy}"
+    if kind == "OutOfMemoryError" or (isinstance(error, RuntimeError) and OF_GPU.search(text)):
+        return "out of GPU memory"
+    if kind == "MemoryError" or "DefaultCPUAllocator" in text:
+        return "out of memory"
     if kind == "BrokenProcessPool" or text.startswith("DataLoader worker (pid"):
-        return f"a worker process was killed, mostly for want of memory; {remedy}"
+        return "a worker process was killed, mostly for want of memory"
     return ""
 
 
