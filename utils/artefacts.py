@@ -22,6 +22,7 @@ from typing import BinaryIO
 
 NAME = re.compile(r"^\..*\.(?P<host>[^.]+)\.(?P<pid>[0-9]+)\.[0-9a-f]{8}\.tmp")
 LONGEST = 60  # characters of the final name in a temporary one: a file's name may have 255 bytes
+FOLDER = 0x10  # among a zip member's attributes
 FORGOTTEN = 86400.0  # seconds after which another machine's temporary file is taken for left over
 
 
@@ -102,6 +103,10 @@ def checked_zip(stored: bytes) -> io.BytesIO:
     """
     file = io.BytesIO(stored)
     with zipfile.ZipFile(file) as archive:
+        if sum(member.file_size for member in archive.infolist()) > len(stored):
+            raise ValueError("its members claim more bytes than it has")
+        if any(member.external_attr & FOLDER for member in archive.infolist()):
+            raise ValueError("a member is marked as a folder, of which torch reads no bytes")
         broken = archive.testzip()
     if broken is not None:
         raise ValueError(f"checksum of {broken} is wrong")
