@@ -19,7 +19,9 @@ from config import ConfigError, Model
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # LVD-1689M checkpoints
 SAT493M = ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))  # SAT-493M checkpoints
-UNUSABLE = (OSError, ValueError, TypeError, LookupError, ArithmeticError)  # what odd files raise
+UNUSABLE = (  # what odd files raise
+    OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError,
+)  # fmt: skip
 SHAPING = ("num_attention_heads", "rope_theta", "layer_norm_eps", "hidden_act", "use_gated_mlp")
 LONGEST_JSON = 2**20  # bytes
 LARGEST = {  # numbers in config.json; the largest DINOv3 has 4096, 8192, 40, 32 and 4

@@ -25,6 +25,7 @@ from utils.checkpoint import (
 CPU = torch.device("cpu")
 SPEC = SimpleNamespace(
     layers=(1, 3),
+    channels=4,
     norm="final",
     image_mean=(0.3, 0.2, 0.1, 0.2),
     image_std=(0.6, 0.5, 0.4, 0.5),

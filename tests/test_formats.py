@@ -9,6 +9,7 @@ import pytest
 import rasterio
 import rasterio.shutil
 import tifffile
+from rasterio.transform import Affine
 
 from utils.formats import DRIVERS, drivers_of, false_ending, too_large
 from utils.raster import RasterError, RefusedError, is_raster, open_raster, open_scene
@@ -161,3 +162,17 @@ def test_a_tiff_written_by_others_opens(tmp_path):
     with open_raster(path) as dataset:
         assert dataset.count == 1
     assert drivers_of(path) == ("GTiff",) and false_ending(path) is None
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [(0.5, 0, 0, 0, 0, 0), (0.5, 0, 0, 0, float("nan"), 0), (1e300, 0, 0, 0, -1e300, 0),
+     (1, 0, float("inf"), 0, -1, 0), (1e-20, 0, 0, 0, -1e-20, 0), (0.5, 0, 1e300, 0, -0.5, 0)],
+)  # fmt: skip
+def test_pixels_that_lie_nowhere_are_refused(tmp_path, numbers):
+    path = tmp_path / "scene.tif"
+    profile = {"driver": "GTiff", "width": 9, "height": 9, "count": 1, "dtype": "uint8"}
+    with rasterio.open(path, "w", crs="EPSG:32633", transform=Affine(*numbers), **profile):
+        pass
+    with pytest.raises(RefusedError, match="its pixels lie nowhere on Earth"):
+        open_raster(path).__enter__()

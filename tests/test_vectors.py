@@ -302,7 +302,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "not a number": (
         lambda f: _geometry(f, {"type": "Polygon", "coordinates": [
             [[0, 0], [1, 0], [float("nan"), 1], [0, 0]]]}),
-        "feature 2 has a coordinate that is no number"),
+        "feature 2 has a coordinate that is no number on Earth"),
     "only points": (
         lambda f: write_json(f / "a.json", [feature(Point(1, 1)), feature(Point(2, 1)),
                                             feature(LineString([(0, 0), (1, 1)])), feature(None)]),

@@ -25,6 +25,7 @@ Read = TypeVar("Read")
 
 NAME = re.compile(r"^\..*\.(?P<host>[^.]+)\.(?P<pid>[0-9]+)\.[0-9a-f]{8}\.tmp")
 LONGEST = 60  # characters of the final name in a temporary one: a file's name may have 255 bytes
+FOLDER = 0x10  # among a zip member's attributes
 FORGOTTEN = 86400.0  # seconds after which another machine's temporary file is taken for left over
 WAITS = (0.05, 0.2, 0.8)  # seconds before a read that failed is tried again
 PASSING = {  # what may be over soon: a server that is away, too much at once
@@ -190,6 +191,8 @@ def check_members(archive: zipfile.ZipFile, size: int) -> None:
     members = archive.infolist()
     if any(each.compress_type != zipfile.ZIP_STORED or each.flag_bits & 1 for each in members):
         raise ValueError("holds compressed or encrypted members")
+    if any(each.external_attr & FOLDER for each in members):
+        raise ValueError("a member is marked as a folder, of which torch reads no bytes")
     if sum(max(each.file_size, each.compress_size) for each in members) > size:
         raise ValueError("its members claim more bytes than the file has")
 

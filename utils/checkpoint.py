@@ -103,7 +103,7 @@ def load_weights(head: nn.Module, checkpoint: Checkpoint, path: Path) -> None:
     try:
         head.load_state_dict(checkpoint.state, strict=True)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:300]
         text = f"{path}: weights do not fit head {checkpoint.head} ({reason})"
         raise CheckpointError(text) from error
 
@@ -125,6 +125,8 @@ def require_fit(path: Path, checkpoint: Checkpoint, config: Config, backbone: An
         "num_classes": config.model.num_classes,
         "rgb": list(spec.rgb),
         "layers": list(spec.layers),
+        "levels": len(spec.layers),
+        "channels": spec.channels,
         "norm": spec.norm,
         "image_mean": list(spec.image_mean),
         "image_std": list(spec.image_std),

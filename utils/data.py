@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, get_worker_info
 
 from config import Augmentations, Splits, Train
-from utils.artefacts import NAME
+from utils.artefacts import NAME, sweep
 from utils.cache import (
     MANIFEST,
     CacheError,
@@ -378,6 +378,7 @@ def load_split(
     else:
         split = split_by_blocks(places, counts, section.val_fraction, lists, seed)
     if run.is_main:
+        sweep(folder)
         write_sides(folder / SIDES, places, split.sides(), manifest.tiles)
     audit(split, places, counts, manifest.class_names, log)
     return manifest, split

@@ -19,7 +19,7 @@ import rasterio
 import tifffile
 from rasterio._err import CPLE_BaseError  # what rasterio.warp raises; it has no public name
 from rasterio.crs import CRS
-from rasterio.enums import ColorInterp, Interleaving, MaskFlags, Resampling
+from rasterio.enums import ColorInterp, MaskFlags, Resampling
 from rasterio.errors import NotGeoreferencedWarning, RasterioError, RasterioIOError
 from rasterio.io import DatasetReader
 from rasterio.transform import Affine
@@ -42,6 +42,8 @@ SIDECARS = (
 )  # fmt: skip
 BLOCK = 512  # rows and columns of a block of the written map
 MAP = ("GTiff",)  # the driver of our own maps, which may have any name
+FARTHEST = 1e12  # units from an origin: on the Earth there are some 10^7 metres
+LEAST_AREA = 1e-24  # of a pixel in squared units: degrees are the largest
 DEEPEST = 4  # VRTs within each other
 NO_PLACE = (CPLE_BaseError, SystemError)  # what rasterio.warp raises for points beyond a CRS
 
@@ -141,8 +143,11 @@ def open_raster(path: Path, drivers: Sequence[str] = ()) -> Iterator[DatasetRead
     drivers = drivers or drivers_of(path)
     _admit(path, drivers)
     with _opened(path, drivers) as dataset:
-        _check_claims(path, dataset)
-        yield dataset
+        try:
+            _check_claims(path, dataset)
+            yield dataset
+        except CPLE_BaseError as error:  # asked for a CRS, a mask or a colour that makes no sense
+            raise RasterError(f"{path}: not a raster that can be used ({error})") from error
 
 
 def _opened(path: Path, drivers: Sequence[str]) -> DatasetReader:
@@ -209,12 +214,23 @@ def _check_claims(path: Path, dataset: DatasetReader) -> None:
     """Refuse a header that claims what no memory could hold, or places that are no numbers."""
     rows, cols = dataset.block_shapes[0] if dataset.count else (0, 0)
     pixel = max((bytes_of(kind) for kind in dataset.dtypes), default=0)
-    together = dataset.count if dataset.interleaving == Interleaving.pixel else 1
+    pixelwise = dataset.tags(ns="IMAGE_STRUCTURE").get("INTERLEAVE") == "PIXEL"
+    together = dataset.count if pixelwise else 1
     said = too_large(dataset.height, dataset.width, dataset.count, rows * cols * pixel * together)
     if said:
         raise RefusedError(f"{path}: {said}")
-    if not np.isfinite(list(dataset.transform)).all():
-        raise RefusedError(f"{path}: its transform holds what is no number; set it with gdal_edit")
+    if not _has_place(grid_of(dataset)):
+        raise RefusedError(
+            f"{path}: by its transform {list(dataset.transform)[:6]} its pixels lie nowhere on "
+            "Earth; set the right one with gdal_edit -a_ullr ULX ULY LRX LRY"
+        )
+
+
+def _has_place(grid: Grid) -> bool:
+    """Whether pixels have an area and their corners numbers that a map may have."""
+    ends = [(0, 0), (grid.width, 0), (0, grid.height), (grid.width, grid.height)]
+    corners = np.abs([grid.transform @ end for end in ends])
+    return bool((corners < FARTHEST).all()) and abs(grid.transform.determinant) > LEAST_AREA
 
 
 def bytes_of(kind: str) -> int:
@@ -446,7 +462,8 @@ def _at_gsd(path: Path, dataset: DatasetReader, reading: Reading) -> Iterator[An
             f"{path}: an alpha band is among dataset.bands, by which resampling to dataset.gsd "
             "would weigh the others; clear the flag with gdal_translate -colorinterp"
         )
-    target = resized(own, reading.gsd / ground_gsd(own))
+    with _sized(path):
+        target = resized(own, reading.gsd / ground_gsd(own))
     if said := too_large(target.height, target.width):
         raise RefusedError(f"{path}: at dataset.gsd {reading.gsd:g}, {said}")
     hidden = dataset.nodata is None and not any(is_alpha(dataset, i) for i in dataset.indexes)
@@ -457,6 +474,18 @@ def _at_gsd(path: Path, dataset: DatasetReader, reading: Reading) -> Iterator[An
         **options,
     ) as view:  # fmt: skip
         yield view
+
+
+@contextlib.contextmanager
+def _sized(path: Path) -> Iterator[None]:
+    """What a transform makes of a size that is none becomes an error that names the file."""
+    try:
+        yield
+    except (*NO_PLACE, ArithmeticError, ValueError) as error:
+        raise RefusedError(
+            f"{path}: its pixels have no size on the ground, which dataset.gsd needs ({error}); "
+            "correct its transform or CRS with gdal_edit"
+        ) from error
 
 
 def resized(grid: Grid, factor: float) -> Grid:

@@ -47,6 +47,7 @@ MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, Shapel
 WGS84 = CRS.from_epsg(4326)
 # metres between points of a warped edge: at 45° it then lies within 2 mm of where it belongs
 EDGE = 250
+FARTHEST = 1e12  # units from an origin: on the Earth there are some 10^7 metres
 EARTH = 6_371_000  # metres, mean radius
 
 Value = str | int | float | None
@@ -121,7 +122,7 @@ class Shapes:
             polygons, owners = self._around(grid)
         longest = EDGE / self.crs.units_factor[1] / (EARTH if self.crs.is_geographic else 1)
         warped = _warp(shapely.segmentize(polygons, longest), self.crs, crs)
-        parts, parents = _polygons_of(shapely.make_valid(warped))
+        parts, parents = _polygons_of(_valid(self.path, warped))
         return replace(
             self,
             polygons=parts,
@@ -220,7 +221,7 @@ def _clean(path: Path, geometries: np.ndarray, values: Sequence[Value], crs: CRS
     _check_coordinates(path, geometries, crs)
     invalid = ~(shapely.is_valid(geometries) | shapely.is_missing(geometries))
     repaired = geometries.copy()
-    repaired[invalid] = shapely.make_valid(geometries[invalid])
+    repaired[invalid] = _valid(path, geometries[invalid])
     polygons, owners = _polygons_of(repaired)
     if len(polygons) == 0:
         kinds = Counter("null" if each is None else each.geom_type for each in geometries)
@@ -236,6 +237,16 @@ def _clean(path: Path, geometries: np.ndarray, values: Sequence[Value], crs: CRS
     )
 
 
+def _valid(path: Path, geometries: np.ndarray) -> np.ndarray:
+    try:
+        return shapely.make_valid(geometries)
+    except ShapelyError as error:
+        raise VectorError(
+            f"{path}: an outline of it cannot be repaired ({error}); draw it anew, or run "
+            f"ogr2ogr -makevalid OUT.gpkg {path}"
+        ) from error
+
+
 def _polygons_of(geometries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The single polygons in geometries of all kinds, and the number of each one's geometry."""
     parts, owners = np.asarray(geometries, object), np.arange(len(geometries))
@@ -249,9 +260,10 @@ def _polygons_of(geometries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _check_coordinates(path: Path, geometries: np.ndarray, crs: CRS) -> None:
     """Refuse numbers that are no place: not finite, or metres where degrees are declared."""
     xy, owners = shapely.get_coordinates(geometries, return_index=True)
-    broken = owners[~np.isfinite(xy).all(1)]
+    broken = owners[~(np.abs(xy) < FARTHEST).all(1)]  # so is one that is no number
     if len(broken):
-        raise VectorError(f"{path}: feature {broken[0] + 1} has a coordinate that is no number")
+        number = broken[0] + 1
+        raise VectorError(f"{path}: feature {number} has a coordinate that is no number on Earth")
     far = (np.abs(xy) > (400, 100)).any(1)  # beyond degrees, and beyond the gradians of old maps
     if crs.is_geographic and far.any():
         x, y = xy[far][0]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree.ElementTree import Element, ParseError, iterparse
 
-from utils.limits import MEBIBYTE, limited_bytes
+from utils.limits import MEBIBYTE, limited_bytes, spelt_out
 
 LARGEST = 64 * MEBIBYTE
 DEEPEST = 32  # elements within each other
@@ -113,7 +113,7 @@ def _statements(element: Element) -> Iterator[Stated]:
 def _source(element: Element, folder: Path) -> Path:
     """The file that an element names, where it is a plain one that is there."""
     text = element.text or ""
-    told = text if len(text) <= 200 else f"{text[:200]}..."
+    told = spelt_out(text if len(text) <= 200 else f"{text[:200]}...")
     relative = [v for k, v in element.attrib.items() if k.casefold() == "relativetovrt"] or ["0"]
     if len(element) or relative not in (["0"], ["1"]):
         raise VrtError(f"names the source '{told}' in a way that no program writes")
@@ -130,11 +130,12 @@ def _source(element: Element, folder: Path) -> Path:
 
 
 def _require_harmless(name: str, text: str) -> None:
+    shown = spelt_out(text[:200])
     if name in FORBIDDEN:
         raise VrtError(f"holds {FORBIDDEN[name]} ({name}), which is not read")
     if name == "subclass" and text.casefold() not in KINDS:
-        raise VrtError(f"holds a {text or 'nameless subclass'}, which is not read")
+        raise VrtError(f"holds a {shown or 'nameless subclass'}, which is not read")
     if name == "domain" and text.casefold() in DOMAINS:
         raise VrtError(f"holds metadata of the domain {text}, which is not read")
     if name not in WORDS and ("/vsi" in text or "://" in text):
-        raise VrtError(f"names '{text[:200]}' ({name}), only files of this machine are read")
+        raise VrtError(f"names '{shown}' ({name}), only files of this machine are read")
