@@ -72,7 +72,7 @@ def prepare(config: Config, run: Runtime, log: VerbosityLogger) -> None:
     if config.dataset.cache == "auto":
         manifest = settle_cache(
             manifest, section.processed_dir, backbone, device, section.batch_size,
-            count_tiles(sources, section.tile_size), config.train.epochs, run, log,
+            count_tiles(sources, section.tile_size), config.train, run, log,
         )  # fmt: skip
     encode = encode_on(device, manifest, compiled(backbone, config.resources.compile, device, log))
     cache_tiles(section, sources, manifest, encode, config.resources.seed, run, log)
