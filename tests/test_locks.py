@@ -6,6 +6,7 @@ import sys
 import project
 import pytest
 
+from utils.artefacts import temporary_of, this_host
 from utils.locks import HOLDER, LockError, alone_in
 
 HOLD = """
@@ -52,6 +53,18 @@ def test_a_lock_ends_with_its_process_however_that_ends(tmp_path, held):
     with alone_in(tmp_path, "train.weights_dir"):
         assert (tmp_path / HOLDER).exists()
     assert not (tmp_path / HOLDER).exists()
+
+
+def test_what_a_killed_run_left_half_written_is_swept(tmp_path):
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
+                          capture_output=True, text=True, check=True).stdout.strip()  # fmt: skip
+    left = tmp_path / f".splits.geojson.{this_host()}.{gone}.0badc0de.tmp"
+    ours = temporary_of(tmp_path / "splits.geojson")
+    for path in (left, ours):
+        path.write_text("half")
+    with alone_in(tmp_path, "key"):
+        assert not left.exists()
+        assert ours.exists()
 
 
 def test_a_damaged_note_is_no_obstacle(tmp_path, held):

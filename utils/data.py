@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, get_worker_info
 
 from config import Augmentations, Splits, Train
+from utils.artefacts import sweep
 from utils.cache import (
     CacheError,
     Manifest,
@@ -346,6 +347,7 @@ def load_split(
     else:
         split = split_by_blocks(places, counts, section.val_fraction, lists, seed)
     if run.is_main:
+        sweep(folder)
         write_sides(folder / "splits.geojson", places, split.sides(), manifest.tiles)
     audit(split, places, counts, manifest.class_names, log)
     return manifest, split

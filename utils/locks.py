@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from utils.artefacts import write_artefact
+from utils.artefacts import sweep, write_artefact
 
 LOCK, HOLDER = ".lock", ".lock.json"
 
@@ -26,9 +26,10 @@ class LockError(Exception):
 def alone_in(folder: Path, key: str, make: bool = True) -> Iterator[None]:
     """Hold a folder against other runs; `key` is the setting that names it.
 
-    A folder that is missing is made, unless `make` is false: then there is nothing to hold. The
-    system frees the lock with the process, however that ends. On network file systems that know no
-    locks nothing is held; what is written is whole or absent there too.
+    What killed runs left half written in it is swept. A folder that is missing is made, unless
+    `make` is false: then there is nothing to hold. The system frees the lock with the process,
+    however that ends. On network file systems that know no locks nothing is held; what is written
+    is whole or absent there too.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as name, alone_in(Path(name), "train.weights_dir"):
@@ -49,6 +50,7 @@ def alone_in(folder: Path, key: str, make: bool = True) -> Iterator[None]:
             f"({key})"
         ) from error
     try:
+        sweep(folder)
         told = {"process": os.getpid(), "machine": socket.gethostname(), "since": _now()}
         write_artefact(folder / HOLDER, json.dumps(told).encode())
         yield

@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 
 from config import Config
-from utils.artefacts import write_artefact
+from utils.artefacts import sweep, write_artefact
 from utils.limits import spelt_out
 
 STATES = {
@@ -193,6 +193,7 @@ def write_status(folder: Path, code: int | None, message: str = "") -> None:
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
     with contextlib.suppress(OSError):
+        sweep(folder)  # what a run left that was killed while it wrote the same
         write_artefact(folder / "status.json", f"{json.dumps(told, indent=2)}\n".encode())
 
 

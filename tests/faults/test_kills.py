@@ -1,0 +1,131 @@
+"""kill -9 at random moments of each phase; the same command again ends like an unbroken run."""
+
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import project
+import pytest
+import torch
+from forked import Child, forked, left_of
+from size import figure, sized
+
+from utils.artefacts import NAME
+
+PHASES = ("prepare", "verify", "train", "inference")
+KEYS = {
+    "model": {"head": "unet"},
+    "prepare": {"batch_size": 2},
+    "verify": {"workers": 2},
+    "train": {"batch_size": 2, "epochs": 2, "checkpoint_minutes": 1e-9, "ema_decay": 0.9},
+    "inference": {"batch_size": 2, "tta": {"horizontal_flip": True}, "confidence": "sure.tif"},
+}
+OWN = {"run.log", "status.json", ".lock", ".lock.json"}  # of each run: times, the process's number
+
+
+class Stage:
+    """A project just before a phase; every run of it is made in one and the same folder."""
+
+    def __init__(self, kept: Path, work: Path, phase: str) -> None:
+        self.kept, self.work, self.phase = kept, work, phase
+
+    def renew(self) -> None:
+        """Bring the project to where the phase begins."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        shutil.copytree(self.kept, self.work)
+
+    def run(self) -> int:
+        """Run the phase alone."""
+        return project.run(self.work / "config.yml", *only(self.phase))
+
+    def products(self) -> dict[str, bytes]:
+        """Every file of the project but what is each run's own."""
+        paths = (path for path in self.work.rglob("*") if path.is_file() and path.name not in OWN)
+        return {str(path.relative_to(self.work)): content_of(path) for path in paths}
+
+
+def content_of(path: Path) -> bytes:
+    """A file's bytes; of weights and states all that they hold, for pickle writes it in two ways.
+
+    Equal strings that are one object are written once, those that a file gave back each by itself.
+    """
+    return told(torch.load(path)).encode() if path.suffix == ".pth" else path.read_bytes()
+
+
+def told(value: Any) -> str:
+    """Nested values in words, down to the last bit of each tensor."""
+    if isinstance(value, dict):
+        return str([(told(key), told(each)) for key, each in value.items()])
+    if isinstance(value, list | tuple):
+        return str([told(each) for each in value])
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {tuple(value.shape)} {value.numpy().tobytes().hex()}"
+    return repr(value)
+
+
+def only(phase: str) -> list[str]:
+    """Settings that leave one phase."""
+    return [f"{each}.enable={str(each == phase).lower()}" for each in PHASES]
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory) -> Callable[[str], Stage]:
+    """A function that gives the project as it is before a phase."""
+    root = tmp_path_factory.mktemp("kills")
+    work = root / "work"
+    config = project.write_project(work, 190, 250, **KEYS)
+    for phase in PHASES:
+        shutil.copytree(work, root / phase)
+        if phase == "verify":
+            for path in sorted((root / phase / "cache").glob("*.pt"))[::3]:
+                path.write_bytes(path.read_bytes()[:-600])
+        assert phase == "verify" or project.run(config, *only(phase)) == 0
+    return lambda phase: Stage(root / phase, work, phase)
+
+
+def seconds_of(child: Child, phase: str) -> float:
+    """How long a child that is not disturbed takes for the phase."""
+    while f"{phase}: started" not in child.said:
+        time.sleep(0.001)
+    start = time.monotonic()
+    assert child.wait() == 0, child.said
+    return time.monotonic() - start
+
+
+def killed_inside(stage: Stage, after: float) -> bool:
+    """Start the phase in a child, kill it so many seconds into it; whether it was not over yet."""
+    child = Child(stage.run)
+    while f"{stage.phase}: started" not in child.said:
+        time.sleep(0.001)
+    time.sleep(after)
+    child.kill()
+    code = child.wait()
+    assert code in (0, -9), child.said
+    deadline = time.monotonic() + 10
+    while left_of(child.pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert left_of(child.pid) == []
+    return code == -9 and f"{stage.phase}: finished" not in child.said
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_killed_phase_run_again_leaves_what_an_unbroken_one_leaves(stage, phase):
+    stage, count = stage(phase), sized(5, 100)
+    stage.renew()
+    whole = seconds_of(Child(stage.run), phase)
+    wanted = stage.products()
+    before = {str(path.relative_to(stage.kept)) for path in stage.kept.rglob("*")}
+    assert {name for name in wanted if name not in before} or phase == "verify"
+    dice, inside = random.Random(f"kill -9 in {phase}"), 0
+    for _ in range(count):
+        stage.renew()
+        inside += killed_inside(stage, dice.uniform(0, whole))
+        assert forked(stage.run) == 0
+        assert stage.products() == wanted
+        assert not [path for path in stage.work.rglob(".*") if NAME.match(path.name)]
+        assert not list(stage.work.rglob(".lock.json"))
+    assert inside > count / 2
+    figure(f"kill -9 in {phase}", f"{count}, {inside} of them inside the phase: all equal")
