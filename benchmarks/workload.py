@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from benchmarks.meter import Spent, Watched, cpu_seconds
 from benchmarks.rows import Row, command_line, report
@@ -35,10 +34,11 @@ from models.backbone import (
 )
 from models.segmenter import Segmenter
 from utils.cache import Manifest, read_manifest
-from utils.data import Sample, make_loaders
+from utils.data import Sample
 from utils.distributed import Runtime, autocast, compiled, distributed, precision_of
 from utils.engine import fit
 from utils.inference import Trained, predict_scenes
+from utils.loading import Loader, make_loaders
 from utils.logging import VerbosityLogger
 from utils.maps import default_legend
 from utils.prepare import describe_cache, encode_on, find_sources, prepare
@@ -338,7 +338,7 @@ class Epochs(VerbosityLogger):
         """Pass batches on, and remember how long each was waited for."""
         batches = iter(items)
         samples, waited = 0, 0.0
-        yield next(batches)  # loader processes start up with it
+        yield next(batches)  # loaders start with it
         start, cpu, asked = time.perf_counter(), cpu_seconds(), time.perf_counter()
         for batch in batches:
             waited += time.perf_counter() - asked
@@ -356,7 +356,7 @@ def split_of(config: Config) -> tuple[Manifest, Split]:
     return manifest, Split(train=others, val=[first])
 
 
-def train_batches(config: Config) -> DataLoader:
+def train_batches(config: Config) -> Loader:
     """A lone process's batches to learn from."""
     manifest, split = split_of(config)
     turns, seed = config.dataset.augmentations, config.resources.seed

@@ -23,11 +23,12 @@ from utils.checkpoint import (
     require_cache,
     require_fit,
 )
-from utils.data import load_split, make_loaders
+from utils.data import load_split
 from utils.data import verify as check_tiles
 from utils.distributed import Runtime, compiled, device_reason
 from utils.engine import Encode, best_path, fit, keep_best
 from utils.inference import predict_scenes, trained_as, written
+from utils.loading import make_loaders
 from utils.logging import VerbosityLogger
 from utils.pace import settle_cache
 from utils.prepare import begun_in, count_tiles, describe_cache, encode_on, find_sources
