@@ -579,8 +579,8 @@ def read_tags(path: Path) -> dict[str, str]:
 
 
 def rows_on(path: Path, grid: Grid, rows: int = BLOCK) -> Iterator[np.ndarray]:
-    """All of a raster (bands, n, width) on another grid, nearest neighbour, from the top."""
-    with open_raster(path) as dataset, WarpedVRT(
+    """All of a map of ours (bands, n, width) on another grid, nearest neighbour, from the top."""
+    with open_raster(path, MAP) as dataset, WarpedVRT(
         dataset, crs=grid.crs, transform=grid.transform, height=grid.height, width=grid.width,
         resampling=Resampling.nearest, tolerance=1e-6,
     ) as view:  # fmt: skip
