@@ -36,7 +36,7 @@ from models.backbone import (
 from models.segmenter import Segmenter
 from utils.cache import Manifest, read_manifest
 from utils.data import Sample, make_loaders
-from utils.distributed import Runtime, autocast, distributed, precision_of
+from utils.distributed import Runtime, autocast, compiled, distributed, precision_of
 from utils.engine import fit
 from utils.inference import Trained, predict_scenes
 from utils.logging import VerbosityLogger
@@ -175,10 +175,19 @@ def backbone_of(config: Config) -> DinoBackbone:
     return build_backbone(config.model, describe_backbone(config.model))
 
 
+def manifest_of(config: Config, known: DinoBackbone | NoBackbone) -> Manifest:
+    """What the cache of the project's scene is to be."""
+    device = Runtime().device(config.prepare.device)
+    return describe_cache(config, find_sources(config), known, device)
+
+
 def encode_of(config: Config, manifest: Manifest, backbone: DinoBackbone) -> Pixels:
     """Pixels in memory to what is cached of them, as prepare is given it."""
     device = Runtime().device(config.prepare.device)
-    return encode_on(device, manifest, backbone.to(device).compute_in(manifest.precision))
+    network = backbone.to(device).compute_in(manifest.precision)
+    return encode_on(
+        device, manifest, compiled(network, config.resources.compile, device, silent())
+    )
 
 
 def null_encode(spec: BackboneSpec, section: Prepare) -> Pixels:
@@ -272,7 +281,7 @@ def run_inference(config: Config, segmenter: Segmenter | None = None) -> Spent:
         shares = constant_shares(section.batch_size, classes, device)
         segment = Watched(lambda pixels: shares[: len(pixels)])
     else:
-        segment = Watched(segmenter)
+        segment = Watched(compiled(segmenter, config.resources.compile, device, silent()))
     scenes, _ = find_scenes(section.input_tif, "inference.input_tif")
     trained = Trained(default_legend(classes), Reading(), None, {}, precision_in(config))
     predict_scenes(section, scenes, segment, trained, device, silent())

@@ -17,7 +17,7 @@ import yaml
 
 import main
 from models.backbone import write_random_backbone
-from utils.cache import Manifest
+from utils.cache import Manifest, read_manifest, write_tile
 from utils.data import Sample
 from utils.distributed import LAUNCH
 from utils.raster import Grid, north_up, write_raster
@@ -162,11 +162,15 @@ def manifest_of(channels: int = 32, levels: int = 2, **changes: Any) -> Manifest
         "ignore_index": IGNORE,
         "label_rules": {},
         "filters": {},
-        "labels": {},
         "class_names": [f"class {number}" for number in range(CLASSES)],
         "class_colors": COLORS.tolist(),
     }
     return Manifest(**settings | changes)
+
+
+def write_stamped(folder: Path, name: str, *parts: Any, **named: Any) -> None:
+    """Write a tile as one of the cache whose manifest lies in the folder."""
+    write_tile(folder, name, *parts, **named, stamp=read_manifest(folder).stamp_of(name))
 
 
 def make_samples(

@@ -1,10 +1,13 @@
 """The cache: files that are whole, plain and exactly what the manifest promises."""
 
+import errno
 import io
 import json
+import os
 import pickle
 import zipfile
-from dataclasses import asdict, replace
+from copy import copy
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +16,13 @@ from project import manifest_of
 
 from utils.cache import (
     MANIFEST,
+    OVERHEAD,
+    PROGRESS,
     CacheError,
+    Manifest,
     TileError,
     check_layout,
+    check_shapes,
     check_tile,
     claim,
     drop_changed,
@@ -38,7 +45,6 @@ MADE = manifest_of(
     rgb=[0, 1, 2],
     label_rules=RULES,
     filters={"min_valid": 0.0, "min_labeled": 0.0, "background_keep": 1.0},
-    labels={"0 l.tif": {"bytes": 9, "modified": 1}},
 )
 IDENTITY = {
     "bytes": 1, "modified": 2, "height": 64, "width": 64, "crs": None,
@@ -46,9 +52,10 @@ IDENTITY = {
 }  # fmt: skip
 
 
-def content(seed: int = 0) -> dict:
+def content(seed: int = 0, made: Manifest = MADE) -> dict:
     generator = torch.Generator().manual_seed(seed)
     return {
+        "stamp": made.stamp_of(NAME),
         "image": torch.randint(0, 256, (3, SIZE, SIZE), generator=generator, dtype=torch.uint8),
         "features": [torch.randn(4, 2, 2, generator=generator).half() for _ in range(2)],
         "label": torch.randint(0, 3, (SIZE, SIZE), generator=generator, dtype=torch.uint8),
@@ -75,7 +82,7 @@ def test_a_tile_comes_back_as_it_was_written(tile):
 def test_a_tile_has_as_many_bands_as_the_manifest_says(tmp_path, bands):
     made = replace(MADE, bands=bands)
     image = torch.arange(len(bands), dtype=torch.uint8).view(-1, 1, 1).expand(-1, SIZE, SIZE)
-    write_tile(tmp_path, NAME, **{**content(), "image": image})
+    write_tile(tmp_path, NAME, **{**content(made=made), "image": image})
     check_tile(tile_path(tmp_path, NAME), made)
     assert torch.equal(load_tile(tile_path(tmp_path, NAME))["image"], image)
     with pytest.raises(TileError, match=r"image is \(\d+, 32, 32\) torch.uint8, expected"):
@@ -86,11 +93,14 @@ def test_views_of_large_tensors_are_stored_as_small_copies(tmp_path):
     scene, batch = torch.zeros(3, 512, 512, dtype=torch.uint8), torch.zeros(64, 8, 6, 6).half()
     labels = torch.zeros(512, 512, dtype=torch.uint8)
     halves = batch[:, :4, :2, :2].contiguous()
-    levels = [halves[5], batch[7, ::2, 1:3, 2:4]]
-    write_tile(tmp_path, NAME, scene[:, 64:96, 32:64], labels[:SIZE, 5 : SIZE + 5], levels)
+    levels, stamp = [halves[5], batch[7, ::2, 1:3, 2:4]], MADE.stamp_of(NAME)
+    image, label = scene[:, 64:96, 32:64], labels[:SIZE, 5 : SIZE + 5]
+    write_tile(tmp_path, NAME, image, label, levels, stamp=stamp)
     path = tile_path(tmp_path, NAME)
     check_tile(path, MADE)
-    for part in load_tile(path).values():
+    stored = load_tile(path)
+    assert stored.pop("stamp") == stamp
+    for part in stored.values():
         assert type(part) is torch.Tensor
         assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
 
@@ -225,7 +235,7 @@ IN_BYTES = replace(MADE, feature_dtype="int8")
 @pytest.fixture
 def tile_of_bytes(tmp_path) -> Path:
     """The file of a good tile whose features are int8."""
-    made = content()
+    made = content(made=IN_BYTES)
     write_tile(tmp_path, NAME, **made | as_cached(made["features"], "int8"))
     return tile_path(tmp_path, NAME)
 
@@ -256,7 +266,7 @@ def test_a_tile_of_bytes_that_is_not_what_the_manifest_promises_is_condemned(til
 
 @pytest.mark.parametrize("odd", [torch.inf, torch.nan])
 def test_a_tile_made_of_what_is_no_number_is_condemned_as_bytes_too(tmp_path, odd):
-    made = content()
+    made = content(made=IN_BYTES)
     made["features"][1][2, 0, 1] = odd
     write_tile(tmp_path, NAME, **made | as_cached(made["features"], "int8"))
     with pytest.raises(TileError, match=r"scales\[1\] are not finite"):
@@ -311,9 +321,12 @@ def test_a_failing_read_is_not_the_tiles_fault(tile, monkeypatch):
             patched.setattr(Path, "open", refuse)
             patched.setattr(io, "open", refuse)
             patched.setattr("builtins.open", refuse)
+            patched.setattr("utils.artefacts.WAITS", (0, 0))
             for look in (load_tile, lambda path: check_tile(path, MADE)):
-                with pytest.raises(type(error)):
+                with pytest.raises(OSError) as caught:
                     look(tile)
+                assert caught.value.errno == getattr(error, "errno", errno.ENOMEM)
+                assert caught.value.filename == str(tile)
 
 
 def test_torch_out_of_memory_is_a_memory_error(tile, monkeypatch):
@@ -339,7 +352,7 @@ def test_a_manifest_comes_back_as_it_was_written(tmp_path):
     ("text", "said"),
     [("{", "not a manifest"), ("[" * 10**5, "not a manifest"), ("{}", "not a manifest"),
      ("[]", "not a manifest"), ("null", "not a manifest"),
-     ('{"format": 1}', "not a manifest"), ('{"format": 99}', "format 99, expected 3")],
+     ('{"format": 1}', "not a manifest"), ('{"format": 99}', "format 99, expected 4")],
 )  # fmt: skip
 def test_a_manifest_that_cannot_be_read_is_refused(tmp_path, text, said):
     (tmp_path / MANIFEST).write_text(text)
@@ -361,7 +374,12 @@ DIFFERENCES = {
     "tile_size": (64, "prepare.tile_size"),
     "num_classes": (4, "model.num_classes"),
     "ignore_index": (254, "dataset.ignore_index"),
-    "labels": ({"0 l.tif": {"bytes": 9, "modified": 2}}, "paths.label_path"),
+    "image_std": ([0.1, 0.2, 0.3], "model.image_std"),
+    "channels": (8, "channels"),
+    "patch_size": (8, "patch_size"),
+    "cache": ("tiles", "dataset.cache"),
+    "views": ([[False, False, 0], [True, False, 0]], "train.augment_views"),
+    "format": (99, "format"),
     "bands": ([1, 2, 3, 4], "dataset.bands"),
     "rgb": ([2, 1, 0], "dataset.rgb"),
     "ranges": ([[0.0, 255.0], [0.0, 255.0], [9.0, 99.0]], "dataset.input_range"),
@@ -411,17 +429,166 @@ def test_classes_that_are_renamed_or_coloured_anew_go_on_with_the_cache(tmp_path
 
 
 def test_a_cache_of_the_older_format_says_to_delete_it(tmp_path):
-    (tmp_path / MANIFEST).write_text(json.dumps(asdict(MADE) | {"format": 2}))
-    with pytest.raises(CacheError, match=f"format 2, expected 3.*; delete {tmp_path}"):
+    (tmp_path / MANIFEST).write_text(json.dumps(asdict(MADE) | {"format": 3}))
+    with pytest.raises(CacheError, match=f"format 3, expected 4.*; delete {tmp_path}"):
         read_manifest(tmp_path)
 
 
-def test_of_several_differences_the_first_field_is_named(tmp_path):
+def test_every_field_but_progress_is_in_the_test_above():
+    assert {each.name for each in fields(Manifest)} - PROGRESS == set(DIFFERENCES)
+
+
+def test_of_several_differences_each_field_is_named(tmp_path):
     """Another backbone differs in channels as well; what the reader changed comes first."""
     claim(MADE, tmp_path)
     other = replace(MADE, backbone_hash="f" * 64, channels=8, layers=[1, 2], tile_size=64)
-    with pytest.raises(CacheError, match="made with backbone_hash"):
+    with pytest.raises(CacheError) as caught:
         claim(other, tmp_path)
+    said = str(caught.value).partition("made with ")[2].split("; ")
+    assert said[:4] == [
+        "backbone_hash 000000000000..., this run has ffffffffffff... (model.backbone)",
+        "layers [0, 1], this run has [1, 2] (model.layers)",
+        "channels 4, this run has 8 (channels)",
+        "tile_size 32, this run has 64 (prepare.tile_size)",
+    ]
+    assert len(said) == 5
+
+
+# Stamps
+
+
+@pytest.mark.parametrize("name", sorted(set(DIFFERENCES) - {"filters"}))
+def test_a_tile_of_a_cache_that_differs_in_any_field_is_not_used(tmp_path, name):
+    """Its shapes may well be the same."""
+    value, _ = DIFFERENCES[name]
+    other = replace(MADE, **{name: value})
+    assert other.fingerprint != MADE.fingerprint
+    write_tile(tmp_path, NAME, **content(made=other))
+    with pytest.raises(TileError, match="of another cache or place") as caught:
+        check_tile(tile_path(tmp_path, NAME), MADE)
+    assert repr(other.stamp_of(NAME)) in str(caught.value)
+    assert repr(MADE.stamp_of(NAME)) in str(caught.value)
+
+
+def test_progress_and_filters_leave_the_fingerprint_as_it_is():
+    other = replace(
+        MADE, backbone="elsewhere", scenes={"north": IDENTITY}, tiles={NAME: [1]}, complete=True,
+        auto_range=True, ground_gsd=0.5, class_names=["a"], class_colors=[[0, 0, 0]],
+        filters={"min_valid": 0.5},
+    )  # fmt: skip
+    assert other.fingerprint == MADE.fingerprint
+    assert PROGRESS - {"fingerprint"} | {"filters"} == {
+        each.name
+        for each in fields(Manifest)
+        if each.init and getattr(other, each.name) != getattr(MADE, each.name)
+    }
+
+
+def test_a_tile_at_another_place_or_of_an_older_scene_is_not_used(tile):
+    scenes = {"north": IDENTITY}
+    now = replace(MADE, scenes=scenes)
+    write_tile(tile.parent, NAME, **content(made=now))
+    check_tile(tile, now)
+    elsewhere = tile.rename(tile.with_name("north__r000000_c000032.pt"))
+    with pytest.raises(TileError, match="of another cache or place"):
+        check_tile(elsewhere, now)
+    write_tile(tile.parent, NAME, **content(made=now))
+    for change in ({"modified": 3}, {"labels": {"0 l.tif": {"bytes": 9, "modified": 1}}}):
+        later = replace(MADE, scenes={"north": IDENTITY | change})
+        with pytest.raises(TileError, match="of another cache or place"):
+            check_tile(tile, later)
+
+
+def test_a_manifest_that_was_edited_is_refused(tmp_path):
+    write_manifest(MADE, tmp_path)
+    text = (tmp_path / MANIFEST).read_text()
+    (tmp_path / MANIFEST).write_text(text.replace('"ignore_index": 255', '"ignore_index": 254'))
+    with pytest.raises(CacheError, match="damaged: it is not what its checksum is of"):
+        read_manifest(tmp_path)
+
+
+def test_a_files_size_is_known_before_it_is_made(tmp_path):
+    for made in (MADE, IN_BYTES, replace(MADE, cache="tiles")):
+        parts = content(made=made)
+        if made.cache == "tiles":
+            del parts["features"]
+        elif made is IN_BYTES:
+            parts |= as_cached(parts["features"], "int8")
+        write_tile(tmp_path, NAME, **parts)
+        check_tile(tile_path(tmp_path, NAME), made)
+        size = tile_path(tmp_path, NAME).stat().st_size
+        assert made.tile_bytes - OVERHEAD < size <= made.tile_bytes
+
+
+# What a crafted file may claim
+
+
+def crafted(tile: Path, compress: int, change=lambda name, data: data) -> None:
+    """Write the file again with other members."""
+    with zipfile.ZipFile(tile) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tile, "w", compress) as archive:
+        for name, part in parts.items():
+            archive.writestr(name, change(name, part))
+
+
+LOOKS = {
+    "verify": lambda path: check_tile(path, MADE),
+    "train": lambda path: check_shapes(path.name, load_tile(path, mmap=True), MADE),
+    "prepare": lambda path: check_layout(path.name, load_tile(path, mmap=True), MADE),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_file_that_would_swell_is_refused_before_it_is_unpacked(tile, look, monkeypatch):
+    crafted(tile, zipfile.ZIP_DEFLATED)
+    monkeypatch.setattr(torch, "load", None)  # nothing is unpacked
+    with pytest.raises(TileError, match="compressed"):
+        LOOKS[look](tile)
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_members_that_share_their_bytes_are_refused(tile, look, monkeypatch):
+    """As in a bomb of overlapping members: each is stored, together they are more than the file."""
+    stored = tile.read_bytes()
+    with zipfile.ZipFile(tile) as archive:
+        largest = max(archive.infolist(), key=lambda each: each.file_size)
+        with zipfile.ZipFile(tile, "a") as swollen:
+            for number in range(9):
+                again = copy(largest)
+                again.filename = f"{largest.filename[:-1]}{number + 3}"
+                swollen.filelist.append(again)
+            swollen._didModify = True
+    assert len(tile.read_bytes()) < 2 * len(stored)
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(TileError, match="claim more bytes"):
+        LOOKS[look](tile)
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("part", ["image", "features", "label"])
+def test_a_tensor_that_is_wider_than_its_memory_is_refused(tile, look, part):
+    stored = load_tile(tile)
+    stored[part] = torch.zeros(1, dtype=stored[part].dtype).expand(stored[part].shape)
+    torch.save(stored, tile)
+    with pytest.raises(TileError, match=f"{part} does not lie in memory"):
+        LOOKS[look](tile)
+
+
+def test_a_file_far_larger_than_a_tile_is_not_read(tile):
+    with tile.open("ab") as file:
+        file.truncate(3 * MADE.tile_bytes + (1 << 20))
+    with pytest.raises(TileError, match="bytes, expected at most"):
+        check_tile(tile, MADE)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX pipes")
+def test_what_is_no_plain_file_is_not_waited_for(tile):
+    tile.unlink()
+    os.mkfifo(tile)
+    with pytest.raises(TileError, match="not a plain file"):
+        check_tile(tile, MADE)
+    assert tile_names(tile.parent, replace(MADE, scenes={"north": IDENTITY})) == []
 
 
 def test_the_same_weights_under_another_name_go_on_with_the_cache(tmp_path):
@@ -459,26 +626,31 @@ def cached(folder: Path, *names: str) -> None:
         (folder / f"{name}.pt").write_bytes(b"")
 
 
+AT = ["north__r000000_c000000", "north__r000000_c000032"]
+
+
 def test_only_the_tiles_of_a_changed_scene_are_dropped(tmp_path):
-    cached(tmp_path, "north__r0_c0", "north__r0_c1", "south__r0_c0", "notes")
+    cached(tmp_path, *AT, "south__r000000_c000000", "notes", "north__notes")
     other = {**IDENTITY, "modified": 3}
     found = replace(MADE, scenes={"north": IDENTITY, "south": IDENTITY}, complete=True)
     changed = drop_changed(found, {"north": other, "south": IDENTITY}, tmp_path)
     assert changed == ["north"]
-    assert sorted(path.stem for path in tmp_path.glob("*.pt")) == ["notes", "south__r0_c0"]
+    assert sorted(path.stem for path in tmp_path.glob("*.pt")) == [
+        "north__notes", "notes", "south__r000000_c000000",
+    ]  # fmt: skip
     assert read_manifest(tmp_path).scenes["north"] == other
     assert not read_manifest(tmp_path).complete
 
 
 def test_a_scene_that_was_taken_away_changed_and_came_back_is_made_again(tmp_path):
-    cached(tmp_path, "north__r0_c0", "south__r0_c0")
+    cached(tmp_path, "north__r000000_c000000", "south__r000000_c000000")
     found = replace(MADE, scenes={"north": IDENTITY, "south": IDENTITY})
     assert drop_changed(found, {"south": IDENTITY}, tmp_path) == []
     found = read_manifest(tmp_path)
-    assert tile_names(tmp_path, found) == ["south__r0_c0"]
+    assert tile_names(tmp_path, found) == ["south__r000000_c000000"]
     both = {"north": {**IDENTITY, "modified": 3}, "south": IDENTITY}
     assert drop_changed(found, both, tmp_path) == ["north"]
-    assert tile_names(tmp_path, read_manifest(tmp_path)) == ["south__r0_c0"]
+    assert tile_names(tmp_path, read_manifest(tmp_path)) == ["south__r000000_c000000"]
 
 
 def test_a_new_scene_is_not_called_changed(tmp_path):
@@ -486,10 +658,11 @@ def test_a_new_scene_is_not_called_changed(tmp_path):
 
 
 def test_files_of_other_origin_are_no_tiles(tmp_path):
-    cached(tmp_path, "north__r0_c0", "a__b__r0_c0", "notes", "gone__r0_c0", ".north__r0_c1")
-    (tmp_path / "north__r0_c1.txt").write_text("")
+    cached(tmp_path, AT[0], "a__b__r000000_c000000", "notes", "gone__r000000_c000000", f".{AT[1]}")
+    cached(tmp_path, "north__r000001_c000000", "north__r000064_c000000", "north__notes")
+    (tmp_path / f"{AT[1]}.txt").write_text("")
     made = replace(MADE, scenes={"north": IDENTITY, "a__b": IDENTITY})
-    assert tile_names(tmp_path, made) == ["a__b__r0_c0", "north__r0_c0"]
+    assert tile_names(tmp_path, made) == ["a__b__r000000_c000000", "north__r000000_c000000"]
 
 
 def test_labels_have_the_smallest_type_that_holds_them():

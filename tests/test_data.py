@@ -1,5 +1,6 @@
 """Verify, samples and loaders: bad tiles go, flips keep places together, epochs are exact."""
 
+import errno
 import gc
 import json
 import random
@@ -14,11 +15,12 @@ import torch
 from ground import scene
 from hypothesis import given
 from hypothesis import strategies as st
-from project import manifest_of
+from project import manifest_of, write_stamped
 from torch import Tensor
 
 from config import Augmentations, Splits, Train
 from utils import cache
+from utils.artefacts import temporary_of
 from utils.cache import (
     CacheError,
     Manifest,
@@ -26,7 +28,6 @@ from utils.cache import (
     read_manifest,
     tile_path,
     write_manifest,
-    write_tile,
 )
 from utils.data import (
     KEPT,
@@ -87,7 +88,7 @@ def folder(tmp_path) -> Path:
     """A finished cache of twelve tiles whose numbers tell their places."""
     write_manifest(made_of(), tmp_path)
     for name in NAMES:
-        write_tile(tmp_path, name, **placed_tile())
+        write_stamped(tmp_path, name, **placed_tile())
     return tmp_path
 
 
@@ -433,7 +434,7 @@ def test_samples_have_all_the_bands_that_are_cached(folder):
     for name in NAMES:
         part = placed_tile()
         infrared = part["label"][None]
-        write_tile(folder, name, **part | {"image": torch.cat([part["image"], infrared])})
+        write_stamped(folder, name, **part | {"image": torch.cat([part["image"], infrared])})
     for batch in loaders_of(folder, 0).train:
         assert batch.image.shape[1:] == (4, SIZE, SIZE)
         assert torch.equal(batch.image[:, 3], batch.label)
@@ -444,7 +445,7 @@ def test_features_in_bytes_come_with_their_scales(folder, workers):
     write_manifest(made_of(feature_dtype="int8"), folder)
     stored = placed_tile()
     for name in NAMES:
-        write_tile(folder, name, **stored | as_cached(stored["features"], "int8"))
+        write_stamped(folder, name, **stored | as_cached(stored["features"], "int8"))
     loaders = loaders_of(folder, workers)
     for batch in [*loaders.train, *loaders.val]:
         levels = restored(batch.features, batch.scales)
@@ -595,7 +596,7 @@ def test_a_split_whose_sides_share_ground_is_refused(folder, log, tmp_path):
     )
     write_manifest(other, folder)
     for name in names[12:]:
-        write_tile(folder, name, **placed_tile())
+        write_stamped(folder, name, **placed_tile())
     (tmp_path / "train.txt").write_text("north")
     (tmp_path / "val.txt").write_text("later")
     lists = {"train_list": tmp_path / "train.txt", "val_list": tmp_path / "val.txt"}
@@ -623,20 +624,26 @@ def test_an_unfinished_or_missing_cache_is_refused(folder, log):
         split_of(folder / "nowhere", log)
 
 
-def test_missing_tiles_are_told_and_foreign_ones_left_out(folder, log):
-    tile_path(folder, NAMES[0]).unlink()
-    write_tile(folder, "south__r000000_c000000", **placed_tile())
+def test_foreign_tiles_are_left_out_and_missing_ones_end_the_run_in_one_line(folder, log):
+    """Training on the rest would come to other weights, and go on to none once they are there."""
+    write_stamped(folder, "south__r000000_c000000", **placed_tile())
     _, split = split_of(folder, log)
-    assert sorted(split.train + split.val) == NAMES[1:]
-    assert "1 tiles of" in log.stream.getvalue()
-    assert "are missing" in log.stream.getvalue()
+    assert sorted(split.train + split.val) == NAMES
+    for name in NAMES[:2]:
+        tile_path(folder, name).unlink()
+    with pytest.raises(CacheError, match="2 of 12 tiles are missing.*run prepare again") as caught:
+        split_of(folder, log)
+    assert NAMES[0] in str(caught.value)
+    assert exit_code_of(caught.value) == 3
 
 
 # Verify
 
 
 def run_verify(folder: Path, log: VerbosityLogger, workers: int = 1) -> str:
-    verify(folder, workers, Runtime(), log)
+    there = {path.stem for path in folder.glob("*.pt")}
+    deleted = verify(folder, workers, Runtime(), log)
+    assert sorted(there - {path.stem for path in folder.glob("*.pt")}) == deleted
     return log.stream.getvalue()
 
 
@@ -663,6 +670,14 @@ def plant_code(path: Path) -> None:
     torch.save({**placed_tile(), "image": Evil()}, path)
 
 
+def take_anothers(path: Path) -> None:
+    path.write_bytes(tile_path(path.parent, NAMES[11]).read_bytes())
+
+
+def expand(stored) -> None:
+    stored["image"] = torch.zeros(1, dtype=torch.uint8).expand(stored["image"].shape)
+
+
 HARMS = {
     "not a whole file": lambda path: path.write_bytes(path.read_bytes()[:-700]),
     "checksum of": flip_a_bit,
@@ -672,23 +687,30 @@ HARMS = {
     "label values outside 0..15": rewrite(lambda s: s["label"][3, 3].fill_(16)),
     "keys are not image, features, label": rewrite(lambda s: s.pop("features")),
     "cannot be loaded": plant_code,
+    "of another cache or place": take_anothers,
+    "image does not lie in memory": rewrite(expand),
 }
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_verify_deletes_exactly_the_bad_tiles_and_says_why(folder, log, workers):
-    (folder / "notes.pt").write_text("mine")
-    expected = dict(zip(NAMES[1:9], HARMS, strict=True))
+    for name in ("notes.pt", "north__r000001_c000000.pt", ".DS_Store", "zones.txt"):
+        (folder / name).write_text("mine")
+    (folder / "splits.geojson").write_text("ours")
+    temporary_of(folder / "tile.pt").write_text("ours")
+    expected = dict(zip(NAMES[1:11], HARMS, strict=True))
     for name, reason in expected.items():
         HARMS[reason](tile_path(folder, name))
     said = run_verify(folder, log, workers)
     left = {path.stem for path in folder.glob("*.pt")}
-    assert left == set(NAMES) - set(expected) | {"notes"}
+    assert left == set(NAMES) - set(expected) | {"notes", "north__r000001_c000000"}
+    kept = ".DS_Store, north__r000001_c000000.pt, notes.pt, ..."
+    assert f"verify: 4 files of other origin are kept: {kept}" in said
     for name, reason in expected.items():
         [line] = [line for line in said.splitlines() if f"{name}.pt" in line]
         assert line.startswith(f"[WARNING] verify: deleted {name}.pt: ")
         assert reason in line
-    assert "verify: 12 tiles checked, 8 deleted" in said
+    assert "verify: 12 tiles checked, 10 deleted" in said
     assert not (folder / "ran").exists()
 
 
@@ -706,8 +728,11 @@ def test_verify_deletes_nothing_for_its_own_trouble(folder, log, monkeypatch, wo
         patched.setattr(Path, "open", refuse)
         patched.setattr(Path, "read_bytes", refuse)
         patched.setattr(torch, "load", refuse)
-        with pytest.raises(type(error)):
+        patched.setattr("utils.artefacts.WAITS", (0, 0))
+        with pytest.raises(OSError) as caught:
             run_verify(folder, log, workers)
+    assert caught.value.errno == getattr(error, "errno", errno.ENOMEM)
+    assert caught.value.filename == str(tile_path(folder, NAMES[0]))
     assert len(list(folder.glob("*.pt"))) == 12
 
 
@@ -734,16 +759,18 @@ def test_a_worker_that_dies_condemns_no_tile(folder, log, monkeypatch):
 def test_nothing_left_is_an_error(folder, log):
     for name in NAMES:
         break_cut(tile_path(folder, name))
-    with pytest.raises(CacheError, match="no sound tile left; run prepare again"):
-        run_verify(folder, log)
-    with pytest.raises(CacheError, match="no sound tile left"):
+    assert "12 tiles checked, 12 deleted" in run_verify(folder, log)
+    with pytest.raises(CacheError, match="holds no tile; run prepare again"):
         run_verify(folder, log)
 
 
 def test_ranks_share_the_tiles_to_verify(folder, log):
     class Alone(Runtime):
-        def sum(self, tensor):
-            return tensor
+        def wait(self):
+            pass
+
+        def gather(self, value):
+            return [value]
 
     for rank in range(2):
         verify(folder, 1, Alone(rank, rank, 2), log)
@@ -754,6 +781,6 @@ def test_tiles_of_a_removed_scene_are_neither_verified_nor_trained_on(folder, lo
     made = manifest_of(channels=2, num_classes=16, scenes={"south": IDENTITY}, complete=True)
     write_manifest(made, folder)
     break_cut(tile_path(folder, NAMES[0]))
-    write_tile(folder, "south__r000000_c000000", **placed_tile())
+    write_stamped(folder, "south__r000000_c000000", **placed_tile())
     assert "1 tiles checked, 0 deleted" in run_verify(folder, log)
     assert len(list(folder.glob("*.pt"))) == 13

@@ -178,21 +178,47 @@ def test_each_phase_runs_alone(copy, capsys):
     assert (copy.parent / "map.tif").is_file()
 
 
-def test_verify_deletes_a_broken_tile_and_the_next_run_makes_it_again(copy, capsys):
+def broken_tile(copy):
+    """A cached tile of which a byte was flipped, and what it held before."""
     path = sorted((copy.parent / "cache").glob("*.pt"))[2]
-    whole = torch.load(path)
-    content = bytearray(path.read_bytes())
+    whole = path.read_bytes()
+    content = bytearray(whole)
     content[len(content) // 2] ^= 0xFF
     path.write_bytes(content)
-    assert project.run(copy, ANEW) == 0
+    return path, whole
+
+
+def test_a_broken_tile_is_found_and_made_again_in_one_run(copy, capsys):
+    """Training goes on where it was: it never saw a cache with a hole."""
+    path, whole = broken_tile(copy)
+    assert project.run(copy) == 0
     err = capsys.readouterr().err
     assert f"[WARNING] verify: deleted {path.name}" in err
     assert "verify: 6 tiles checked, 1 deleted" in err
-    assert project.run(copy, ANEW) == 0
-    assert "1 tiles made, 5 reused" in capsys.readouterr().err
-    again = torch.load(path)
-    assert torch.equal(again["label"], whole["label"])
-    assert all(map(torch.equal, again["features"], whole["features"]))
+    assert "1 tiles made, 5 reused" in err
+    assert "verify: 1 tiles checked, 0 deleted" in err
+    assert "already complete" in err
+    assert path.read_bytes() == whole
+
+
+def test_without_prepare_a_hole_in_the_cache_ends_the_run(copy, capsys):
+    path, whole = broken_tile(copy)
+    assert project.run(copy, "prepare.enable=false") == 3
+    assert "1 bad tiles were deleted; run prepare again" in one_error(capsys)
+    assert not path.exists()
+    assert project.run(copy, *ONLY_TRAIN) == 3
+    assert f"1 of 6 tiles are missing, {path.stem} first; run prepare" in one_error(capsys)
+    assert project.run(copy) == 0
+    assert "already complete" in capsys.readouterr().err
+    assert path.read_bytes() == whole
+
+
+def test_tiles_that_are_made_bad_again_and_again_end_the_run(copy, capsys, monkeypatch):
+    broken_tile(copy)
+    monkeypatch.setattr("utils.prepare.write_tile", lambda folder, name, *_, **__: (
+        folder / f"{name}.pt").write_bytes(b"not whole"))  # fmt: skip
+    assert project.run(copy) == 3
+    assert "1 tiles are bad though they were just made" in one_error(capsys)
 
 
 def test_only_the_first_rank_maps(copy, monkeypatch):
@@ -414,7 +440,7 @@ def test_verify_finds_those_features_first_and_with_nothing_left_is_3(copy, caps
         tile["features"][1][0, 0, 0] = float("inf")
         torch.save(tile, path)
     assert project.run(copy, "prepare.enable=false") == 3
-    assert "no sound tile left; run prepare again" in one_error(capsys)
+    assert "6 bad tiles were deleted; run prepare again" in one_error(capsys)
 
 
 def test_a_damaged_tile_in_a_loader_process_is_one_line_and_3(copy, capsys):

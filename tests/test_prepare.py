@@ -407,14 +407,46 @@ def with_backbone(project: Project, described) -> Project:
     return Described(project.config, project.backbone, project.write_tiff)
 
 
-def test_changed_labels_or_classes_are_refused(prepared, rng):
+def test_changed_classes_are_refused(prepared, rng):
     names = [{"name": name} for name in ("field", "wood", "water", "road")]
     more = prepared.with_dataset(classes=names)
     assert "num_classes 3, this run has 4" in refused(more)
+
+
+def test_labels_that_were_saved_again_make_their_scenes_again(prepared, rng, tmp_path):
     prepared.write_tiff(
         "labels.tif", rng.integers(0, 3, (301, 100), dtype=np.uint8), transform=PLACE
     )
-    assert "(paths.label_path)" in refused(prepared)
+    said = prepared.prepare()
+    assert "north: it or its labels changed since" in said
+    assert "south: it or its labels changed since" in said
+    assert "13 tiles made, 0 reused" in said
+    fresh = prepared.changed(processed_dir=tmp_path / "other")
+    fresh.prepare()
+    assert same_files(prepared, fresh)
+
+
+def same_files(one: Project, other: Project) -> bool:
+    """Whether two caches hold the same files, byte for byte."""
+    found, wanted = (
+        {path.name: path.read_bytes() for path in each.cache.glob("*.pt")} for each in (one, other)
+    )
+    return found == wanted
+
+
+def test_labels_of_other_ground_leave_a_scene_as_it_is(prepared, rng, tmp_path):
+    """A second file on the south only: the north's tiles stay; without it the south's change."""
+    before = prepared.times()
+    ids = rng.integers(0, 3, (20, 20), dtype=np.uint8)
+    south = prepared.write_tiff("south.tif", ids, transform=BELOW)
+    both = prepared.changed(label_path=(south, prepared.config.prepare.label_path))
+    said = both.prepare()
+    assert "4 tiles made, 9 reused" in said
+    assert "north: it" not in said
+    after = both.times()
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {name for name in before if name.startswith("south")}
+    assert "4 tiles made, 9 reused" in prepared.prepare()
 
 
 def test_only_the_tiles_of_a_changed_scene_are_made_again(prepared, rng):
@@ -422,7 +454,7 @@ def test_only_the_tiles_of_a_changed_scene_are_made_again(prepared, rng):
     pixels = rng.integers(1, 256, (3, 64, 64), dtype=np.uint8)
     prepared.write_tiff("scenes/south.tif", pixels, transform=BELOW)
     said = prepared.prepare()
-    assert "south: changed since it was cached" in said
+    assert "south: it or its labels changed since" in said
     assert "4 tiles made, 9 reused" in said
     after = prepared.times()
     changed = {name for name in before if before[name] != after[name]}
@@ -636,15 +668,29 @@ def test_other_names_and_colors_of_the_same_classes_are_not_refused(prepared):
     assert "0 tiles made, 13 reused" in prepared.with_dataset(classes=names).prepare()
 
 
-def test_a_second_label_file_or_another_order_is_refused(prepared, tmp_path, rng):
+def test_a_second_label_file_or_another_order_makes_its_scene_again(prepared, tmp_path, rng):
     more = prepared.write_tiff(
         "more.tif", rng.integers(0, 3, (30, 30), dtype=np.uint8), transform=PLACE
     )
     paths = (prepared.config.prepare.label_path, more)
-    assert "(paths.label_path)" in refused(prepared.changed(label_path=paths))
-    fresh = prepared.changed(label_path=paths, processed_dir=tmp_path / "other")
-    fresh.prepare()
-    assert "(paths.label_path)" in refused(fresh.changed(label_path=paths[::-1]))
+    for number, order in enumerate((paths, paths[::-1])):
+        changed = prepared.changed(label_path=order)
+        assert "9 tiles made, 4 reused" in changed.prepare()
+        fresh = changed.changed(processed_dir=tmp_path / f"other{number}")
+        fresh.prepare()
+        assert same_files(changed, fresh)
+
+
+def test_a_tile_of_another_cache_is_made_again(prepared, tmp_path):
+    """One of the same shapes, features and name, but of other pixels."""
+    other = prepared.changed(processed_dir=tmp_path / "other").with_dataset(input_range=(0, 99))
+    other.prepare()
+    before, name = prepared.times(), prepared.tiles()[5]
+    whole = tile_path(prepared.cache, name).read_bytes()
+    tile_path(prepared.cache, name).write_bytes(tile_path(other.cache, name).read_bytes())
+    assert "1 tiles made, 12 reused" in prepared.prepare()
+    assert tile_path(prepared.cache, name).read_bytes() == whole
+    assert {each for each in before if before[each] != prepared.times()[each]} == {name}
 
 
 # Whatever goes in

@@ -106,7 +106,7 @@ def test_a_map_is_made_of_the_features_that_were_trained_on(
         )
         return head
 
-    monkeypatch.setattr(models, "build_head", watched)
+    monkeypatch.setattr("utils.phases.build_head", watched)
     off = [f"{phase}.enable=false" for phase in ("prepare", "verify", "train")]
     window = ("inference.overlap=0.0", "inference.batch_size=1")
     scene = f"inference.input_tif={tmp_path / 'scenes' / 'north.tif'}"
@@ -150,8 +150,8 @@ def test_a_file_takes_the_bytes_that_its_features_need(tmp_path, channels, featu
         codes, scales = zip(*map(quantize, levels), strict=True)
         parts, each = {"features": codes, "scales": scales}, 1
     image = torch.zeros(3, 512, 512, dtype=torch.uint8)
-    write_tile(tmp_path, "tile", image, image[0], **parts)
+    manifest = project.manifest_of(channels, 4, tile_size=512, feature_dtype=feature_dtype)
+    write_tile(tmp_path, "tile", image, image[0], **parts, stamp=manifest.stamp_of("tile"))
     held = 4 * channels * 32**2 * each + 4 * 512**2
     assert held < tile_path(tmp_path, "tile").stat().st_size <= 1.01 * held
-    manifest = project.manifest_of(channels, 4, tile_size=512, feature_dtype=feature_dtype)
     check_tile(tile_path(tmp_path, "tile"), manifest)

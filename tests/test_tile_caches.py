@@ -62,7 +62,8 @@ def test_a_cache_of_tiles_holds_image_and_label_of_the_same_tiles(tmp_path):
     for name in bare.tiles:
         ours, theirs = (load_tile(tile_path(tmp_path / kind / "cache", name))
                         for kind in ("tiles", "features"))  # fmt: skip
-        assert set(ours) == {"image", "label"}
+        assert set(ours) == {"image", "label", "stamp"}
+        assert ours.pop("stamp") != theirs["stamp"]
         assert all(torch.equal(ours[part], theirs[part]) for part in ours)
 
 
@@ -168,9 +169,10 @@ def test_verify_knows_both_kinds(tmp_path, capsys):
             check_tile(tile_path(folder, name), read_manifest(folder))
     capsys.readouterr()
     only_verify = ("prepare.enable=false", "train.enable=false", "inference.enable=false")
-    assert project.run(config, *only_verify) == 0
-    count = len(names)
-    assert f"{count} tiles checked, 1 deleted" in capsys.readouterr().err
+    assert project.run(config, *only_verify) == 3
+    count, said = len(names), capsys.readouterr().err
+    assert f"{count} tiles checked, 1 deleted" in said
+    assert "1 bad tiles were deleted; run prepare again" in said
     rest = ("train.enable=false", *OFF)
     assert project.run(config, "dataset.cache=tiles", *rest) == 0
     assert f"1 tiles made, {count - 1} reused" in capsys.readouterr().err

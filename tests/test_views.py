@@ -19,7 +19,6 @@ from utils.cache import (
     read_manifest,
     tile_path,
     write_manifest,
-    write_tile,
 )
 from utils.data import Collate, PrecomputedDataset, make_loaders
 from utils.distributed import Runtime
@@ -103,7 +102,7 @@ def cached_views(tmp_path) -> PrecomputedDataset:
         for _ in range(LEVELS)
     ]
     image = torch.arange(SIDE * SIDE).view(1, SIDE, SIDE).expand(3, -1, -1).to(torch.uint8)
-    write_tile(tmp_path, "tile", image, image[0], features)
+    project.write_stamped(tmp_path, "tile", image, image[0], features)
     return PrecomputedDataset(tmp_path, made, ["tile"], Augmentations(), seed=2)
 
 

@@ -2,6 +2,7 @@
 
 artefacts    files that are whole or absent
 locks        one run at a time in a folder
+space        room on the disk before something is written
 streaming    threads that read ahead and write behind
 tiling       integer geometry of tiles: origins, the part of a tile that is its own
 raster       one raster on disk: grids, masks, windows, scenes read tile by tile

@@ -14,16 +14,25 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
+
+Read = TypeVar("Read")
 
 NAME = re.compile(r"^\..*\.(?P<host>[^.]+)\.(?P<pid>[0-9]+)\.[0-9a-f]{8}\.tmp")
 LONGEST = 60  # characters of the final name in a temporary one: a file's name may have 255 bytes
 FOLDER = 0x10  # among a zip member's attributes
 FORGOTTEN = 86400.0  # seconds after which another machine's temporary file is taken for left over
+WAITS = (0.05, 0.2, 0.8)  # seconds before a read that failed is tried again
+PASSING = {  # what may be over soon: a server that is away, too much at once
+    getattr(errno, name)
+    for name in ("EIO", "ESTALE", "EACCES", "ENOMEM", "ENFILE", "EMFILE", "EINTR", "ETIMEDOUT")
+    if hasattr(errno, name)
+}
 
 
 def this_host() -> str:
@@ -50,11 +59,31 @@ def write_artefact(path: Path, write: bytes | Callable[[BinaryIO], None]) -> Non
     ...     [path.name for path in Path(folder, "cache").iterdir()]
     ['manifest.json']
     """
-    with replacing(path) as temporary, os.fdopen(_open_new(temporary), "wb") as file:
-        if isinstance(write, bytes):
-            file.write(write)
-        else:
-            write(file)
+    with replacing(path) as temporary:
+        raw = _Told(_open_new(temporary), "wb")
+        try:
+            with io.BufferedWriter(raw) as file:
+                if isinstance(write, bytes):
+                    file.write(write)
+                else:
+                    write(file)
+        except RuntimeError as error:
+            if raw.trouble is None:
+                raise
+            raise raw.trouble from error
+
+
+class _Told(io.FileIO):
+    """A file that keeps what the disk objected to: torch.save makes another error of it."""
+
+    trouble: OSError | None = None
+
+    def write(self, data: bytes) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.trouble = error
+            raise
 
 
 def _open_new(path: Path) -> int:
@@ -68,13 +97,21 @@ def _open_new(path: Path) -> int:
 
 @contextlib.contextmanager
 def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
-    """A temporary path to write a file at; it becomes `path` when the block ends without error."""
+    """A temporary path to write a file at; it becomes `path` when the block ends without error.
+
+    What the system objects to is told of `path`, which is what the reader knows.
+    """
     temporary = temporary_of(path, suffix)
     try:
         yield temporary
         publish(temporary, path)
+    except OSError as error:
+        if error.filename not in (None, str(temporary)):
+            raise
+        raise named(error, path) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -96,6 +133,70 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def patiently(read: Callable[[], Read], path: Path) -> Read:
+    """What a read of a file gives; where it fails in a way that may pass, it is tried again.
+
+    >>> patiently(lambda: b"whole", Path("tile.pt"))
+    b'whole'
+    """
+    for wait in WAITS:
+        try:
+            return read()
+        except MemoryError:
+            time.sleep(wait)
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+            time.sleep(wait)
+    try:
+        return read()
+    except MemoryError as error:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), str(path)) from error
+    except OSError as error:
+        raise named(error, path) from error
+
+
+def named(error: OSError, path: Path) -> OSError:
+    """An error of the system that says which file it is about.
+
+    >>> named(OSError(errno.EIO, "Input/output error"), Path("tile.pt"))
+    OSError(5, 'Input/output error')
+    >>> named(OSError(errno.EIO, "Input/output error"), Path("tile.pt")).filename
+    'tile.pt'
+    """
+    if error.errno is None:
+        return error
+    return OSError(error.errno, os.strerror(error.errno), str(path))
+
+
+def read_whole(path: Path, most: int) -> bytes:
+    """A file's bytes, read patiently; ValueError where it is no plain file, or larger than that."""
+
+    def read() -> bytes:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("not a plain file")
+        if found.st_size > most:
+            raise ValueError(f"{found.st_size} bytes, expected at most {most}")
+        return path.read_bytes()
+
+    return patiently(read, path)
+
+
+def check_members(archive: zipfile.ZipFile, size: int) -> None:
+    """Raise ValueError where a zip of so many bytes holds more than that, or what is compressed.
+
+    torch.save and numpy.savez store as it is: anything else is foreign, and may swell.
+    """
+    members = archive.infolist()
+    if any(each.compress_type != zipfile.ZIP_STORED or each.flag_bits & 1 for each in members):
+        raise ValueError("holds compressed or encrypted members")
+    if sum(max(each.file_size, each.compress_size) for each in members) > size:
+        raise ValueError("its members claim more bytes than the file has")
+    if any(each.external_attr & FOLDER for each in members):
+        raise ValueError("a member is marked as a folder, of which torch reads no bytes")
+
+
 def checked_zip(stored: bytes) -> io.BytesIO:
     """A zip archive's bytes (torch.save writes one) as a file, after every member met its checksum.
 
@@ -103,10 +204,7 @@ def checked_zip(stored: bytes) -> io.BytesIO:
     """
     file = io.BytesIO(stored)
     with zipfile.ZipFile(file) as archive:
-        if sum(member.file_size for member in archive.infolist()) > len(stored):
-            raise ValueError("its members claim more bytes than it has")
-        if any(member.external_attr & FOLDER for member in archive.infolist()):
-            raise ValueError("a member is marked as a folder, of which torch reads no bytes")
+        check_members(archive, len(stored))
         broken = archive.testzip()
     if broken is not None:
         raise ValueError(f"checksum of {broken} is wrong")

@@ -3,31 +3,46 @@
 A tile's file holds `{image, features, label}`: image (bands, S, S) uint8 as read and scaled,
 features (maps, channels, S/16, S/16) in channels-last memory, level by level of one view after the
 other, label (S, S) class ids; with int8 features also `scales` (maps, 2, channels) float32. A cache
-of tiles holds image and label only, and training computes the features. The
-manifest says how they were made; a cache made in another way is refused, not mixed.
+of tiles holds image and label only, and training computes the features. The manifest says how they
+were made; a cache made in another way is refused, not mixed. Each file carries a stamp: the cache,
+the tile and the state of its sources that it was made for; with another stamp it is not used.
 """
 
 import errno
 import hashlib
 import io
 import json
+import os
 import pickle
+import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from utils.artefacts import checked_zip, write_artefact
+from utils.artefacts import (
+    check_members,
+    checked_zip,
+    patiently,
+    read_whole,
+    write_artefact,
+)
 from utils.limits import MEBIBYTE, limited_bytes
+from utils.tiling import tiles
 
 MANIFEST = "manifest.json"
-FORMAT = 3
+FORMAT = 4
+STAMP = "stamp"
+PLACE = re.compile(r"r[0-9]{6,}_c[0-9]{6,}")  # of a tile, as its name ends
+OVERHEAD = 1 << 13  # bytes of a tile's file beside its tensors: names, checksums, room to align
+LARGEST = 4096 * MEBIBYTE  # of a file of weights
 LARGEST_MANIFEST = 1024 * MEBIBYTE  # some millions of tiles
 FEATURE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 # what torch and zipfile raise on bytes that are not what torch.save wrote
@@ -56,9 +71,9 @@ class Manifest:
     cache is features, or tiles where features are left to training; either way the backbone's.
     ranges are the values that become 0 and 255 in each of the bands, auto_range whether `auto`
     found them; rgb the places among the bands that the backbone sees; views are the turns of a tile
-    whose features are cached, the first none; labels and scenes identify the files read (bytes,
-    modification time); tiles holds each tile's labelled pixels per class, once prepare is done and
-    `complete`.
+    whose features are cached, the first none; scenes identify the files read, each scene's own and
+    those of its labels (bytes, modification time); tiles holds each tile's labelled pixels per
+    class, once prepare is done and `complete`; fingerprint is of all that shapes a tile's content.
     """
 
     backbone: str
@@ -81,7 +96,6 @@ class Manifest:
     ignore_index: int
     label_rules: dict[str, Any]
     filters: dict[str, float]
-    labels: dict[str, dict[str, int]]
     class_names: list[str]
     class_colors: list[list[int]]
     cache: str = "features"
@@ -92,6 +106,27 @@ class Manifest:
     tiles: dict[str, list[int]] = field(default_factory=dict)
     complete: bool = False
     format: int = FORMAT
+    fingerprint: str = field(init=False, default="")
+
+    def __post_init__(self) -> None:
+        shaping = [each.name for each in fields(self) if each.name not in NOT_SHAPING]
+        values = {name: getattr(self, name) for name in shaping}
+        object.__setattr__(self, "fingerprint", hash_of(values, 16))  # once, not for each tile
+
+    def stamp_of(self, name: str) -> str:
+        """What a tile's file carries: the cache, the tile, and the state of its sources."""
+        return f"{self.fingerprint} {name} {hash_of(self.scenes.get(scene_of(name)), 8)}"
+
+    @property
+    def tile_bytes(self) -> int:
+        """About how large a tile's file is."""
+        size, cells = self.tile_size, self.tile_size // self.patch_size
+        held = size**2 * (len(self.bands) + self.label_dtype.itemsize)
+        if self.cache == "features":
+            maps = len(self.views) * len(self.layers)
+            each = cells**2 * FEATURE_DTYPES[self.feature_dtype].itemsize
+            held += maps * self.channels * (each + 8 * (self.feature_dtype == "int8"))
+        return held + OVERHEAD
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -121,11 +156,22 @@ def seen_bands(bands: list[int], rgb: list[int]) -> list[int]:
     return chosen[:1] if len(set(chosen)) == 1 else chosen
 
 
+def hash_of(value: Any, length: int) -> str:
+    """The beginning of a hash over what JSON holds.
+
+    >>> hash_of({"bytes": 1, "modified": 2}, 8) == hash_of({"modified": 2, "bytes": 1}, 8)
+    True
+    """
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
 # what may differ between a cache and the run that goes on with it
 PROGRESS = {
     "backbone", "scenes", "tiles", "complete", "auto_range", "ground_gsd", "class_names",
-    "class_colors",
+    "class_colors", "fingerprint",
 }  # fmt: skip
+NOT_SHAPING = PROGRESS | {"filters"}  # a tile that a filter lets through is the same tile
 KEYS = {
     "backbone_hash": "model.backbone",
     "layers": "model.layers",
@@ -138,7 +184,6 @@ KEYS = {
     "views": "train.augment_views",
     "num_classes": "model.num_classes",
     "ignore_index": "dataset.ignore_index",
-    "labels": "paths.label_path",
     "bands": "dataset.bands",
     "rgb": "dataset.rgb",
     "ranges": "dataset.input_range",
@@ -162,12 +207,13 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise CacheError(f"{path}: no such file; run prepare first (prepare.enable: true)")
     try:
-        content = json.loads(limited_bytes(path, LARGEST_MANIFEST))
+        content = json.loads(patiently(partial(limited_bytes, path, LARGEST_MANIFEST), path))
         checksum = content.pop("checksum", None)
         if content.get("format") != FORMAT or set(content) != {f.name for f in fields(Manifest)}:
             raise ValueError(f"format {content.get('format')!r}, expected {FORMAT}")
         if checksum != checksum_of(content):
             raise ValueError("damaged: it is not what its checksum is of")
+        del content["fingerprint"]  # which follows from the others
         return Manifest(**content)
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise CacheError(f"{path}: not a manifest ({error}); delete {folder}") from error
@@ -185,7 +231,7 @@ def checksum_of(content: dict[str, Any]) -> str:
 def claim(wanted: Manifest, folder: Path) -> Manifest:
     """The manifest found in a folder if it agrees with `wanted`; in an empty folder, `wanted`.
 
-    A cache made with other settings is refused with the field that differs.
+    A cache made with other settings is refused with each field that differs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / MANIFEST).exists():
@@ -194,16 +240,23 @@ def claim(wanted: Manifest, folder: Path) -> Manifest:
         write_manifest(wanted, folder)
         return wanted
     found = read_manifest(folder)
-    ours, theirs = asdict(wanted), asdict(found)
-    for name in ours:
-        if name not in PROGRESS and ours[name] != theirs[name]:
-            made, given = differing(theirs[name], ours[name])
-            raise CacheError(
-                f"{folder}: this cache was made with {name} {short(made)}, this run has "
-                f"{short(given)} ({KEYS.get(name, name)}); set it back, delete the folder, "
-                "or name another paths.processed_dir"
-            )
+    same_in(found, {name: each for name, each in asdict(wanted).items() if name not in PROGRESS},
+            f"{folder}: this cache was made with",
+            "set it back, delete the folder, or name another paths.processed_dir")  # fmt: skip
     return replace(found, class_names=wanted.class_names, class_colors=wanted.class_colors)
+
+
+def same_in(found: Manifest, wanted: Mapping[str, Any], what: str, remedy: str) -> None:
+    """Raise CacheError where a manifest has other values than `wanted`, with both of each field."""
+    told = []
+    for name, ours in wanted.items():
+        theirs = getattr(found, name)
+        if theirs != ours:
+            made, given = differing(theirs, ours)
+            key = KEYS.get(name, name)
+            told.append(f"{name} {short(made)}, this run has {short(given)} ({key})")
+    if told:
+        raise CacheError(f"{what} {'; '.join(told)}; {remedy}")
 
 
 def differing(first: Any, second: Any) -> tuple[Any, Any]:
@@ -246,8 +299,18 @@ def tile_path(folder: Path, name: str) -> Path:
 
 def tile_names(folder: Path, manifest: Manifest) -> list[str]:
     """The cached tiles of the manifest's scenes, sorted, the same on every rank."""
-    names = sorted(path.stem for path in folder.glob("*.pt"))
-    return [name for name in names if scene_of(name) in manifest.scenes]
+    with os.scandir(folder) as entries:
+        files = {each.name for each in entries if each.is_file()}
+    return sorted(name for name in known_names(manifest) if f"{name}.pt" in files)
+
+
+def known_names(manifest: Manifest) -> set[str]:
+    """Every tile that the manifest's scenes may have."""
+    return {
+        f"{scene}__{tile.name}"
+        for scene, about in manifest.scenes.items()
+        for tile in tiles(about["height"], about["width"], manifest.tile_size)
+    }
 
 
 def write_tile(
@@ -257,9 +320,13 @@ def write_tile(
     label: Tensor,
     features: Tensor | Sequence[Tensor] = (),
     scales: Tensor | Sequence[Tensor] = (),
+    stamp: str = "",
 ) -> None:
-    """Write one tile's file; features and scales as one tensor or a list of levels."""
-    content = {"image": alone(image), "label": alone(label)}
+    """Write one tile's file; features and scales as one tensor or a list of levels.
+
+    stamp: the manifest's, without which no reader takes the tile for one of its cache.
+    """
+    content = {STAMP: stamp, "image": alone(image), "label": alone(label)}
     if len(features):
         content["features"] = stored_maps(features)
     if len(scales):
@@ -295,25 +362,73 @@ def load_tile(path: Path, mmap: bool = False, content: bytes | None = None) -> d
 
     content: the file's bytes, where they were read already.
     """
-    source = path if content is None else io.BytesIO(content)
     try:
-        return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+        if content is not None:
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        return patiently(partial(_load_stored, path, mmap), path)
     except OSError as error:
         if error.errno != errno.EINVAL:  # torch seeks for the directory that a cut file lacks
             raise
         raise TileError(f"{path.name}: cannot be loaded (cut short)") from error
     except DAMAGE as error:
-        reason = str(error).partition("\n")[0]
-        if "allocate memory" in reason:
-            raise MemoryError(f"{path}: {reason}") from error
-        raise TileError(f"{path.name}: cannot be loaded ({reason[:120]})") from error
+        raise TileError(f"{path.name}: cannot be loaded ({reason_of(error, path)})") from error
+
+
+def _load_stored(path: Path, mmap: bool) -> dict[str, Any]:
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        check_members(archive, os.fstat(file.fileno()).st_size)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def load_plain(path: Path) -> Any:
+    """What torch.save wrote to a file of weights, once every byte met its checksum.
+
+    Raises ValueError with the reason where it cannot be had, OSError where the read fails.
+    """
+    try:
+        stored = read_whole(path, LARGEST)  # what fails from here on is the content's fault
+        content = torch.load(checked_zip(stored), map_location="cpu", weights_only=True)
+        check_whole(content)
+    except DAMAGE as error:
+        raise ValueError(reason_of(error, path)) from error
+    return content
+
+
+def reason_of(error: Exception, path: Path) -> str:
+    """Why content cannot be loaded, in a line; torch tells a want of memory in words only.
+
+    >>> reason_of(ValueError("checksum of data/0 is wrong"), Path("tile.pt"))
+    'checksum of data/0 is wrong'
+    """
+    reason = str(error).partition("\n")[0]
+    if "allocate memory" in reason:
+        raise MemoryError(f"{path}: {reason}") from error
+    return reason[:120]
+
+
+def check_whole(content: Any) -> None:
+    """Raise ValueError where a tensor has more values than its memory, as an expanded one has.
+
+    >>> check_whole({"weight": [torch.zeros(1).expand(9, 9)]})
+    Traceback (most recent call last):
+    ValueError: a tensor of 81 values is stored as 1
+    """
+    if isinstance(content, Tensor):
+        stored = content.untyped_storage().nbytes() // content.element_size()
+        if content.numel() > stored:
+            raise ValueError(f"a tensor of {content.numel()} values is stored as {stored}")
+    elif isinstance(content, Mapping):
+        check_whole(list(content.values()))
+    elif isinstance(content, list | tuple):
+        for each in content:
+            check_whole(each)
 
 
 def check_tile(path: Path, manifest: Manifest) -> None:
     """Raise TileError where a tile's file is not exactly what the manifest promises."""
-    stored = path.read_bytes()  # what fails from here on is the content's fault, not the disk's
     try:
-        checked_zip(stored)
+        stored = read_whole(path, 2 * manifest.tile_bytes + (1 << 20))
+        checked_zip(stored)  # what fails from here on is the content's fault, not the disk's
     except ValueError as error:
         raise TileError(f"{path.name}: {error}") from error
     except DAMAGE as error:
@@ -335,8 +450,10 @@ def check_layout(name: str, content: Any, manifest: Manifest) -> None:
 
 
 def check_shapes(name: str, content: Any, manifest: Manifest) -> None:
-    """Raise TileError where keys, shapes or dtypes are not the manifest's; values are not read."""
-    if not isinstance(content, dict) or set(content) != set(manifest.parts):
+    """Raise TileError where keys, shapes, dtypes, layout in memory or stamp are not the manifest's;
+    values are not read.
+    """
+    if not isinstance(content, dict) or set(content) - {STAMP} != set(manifest.parts):
         raise TileError(f"{name}: keys are not {', '.join(manifest.parts)}")
     size, cells = manifest.tile_size, manifest.tile_size // manifest.patch_size
     _check_tensor(name, "image", content["image"], (len(manifest.bands), size, size), torch.uint8)
@@ -349,6 +466,9 @@ def check_shapes(name: str, content: Any, manifest: Manifest) -> None:
     for part, (shape, dtype) in kinds.items():
         if part in content:
             _check_tensor(name, part, content[part], (maps, *shape), dtype)
+    found, wanted = content.get(STAMP), manifest.stamp_of(name.removesuffix(".pt"))
+    if found != wanted:
+        raise TileError(f"{name}: of another cache or place: stamp {found!r}, expected {wanted!r}")
 
 
 def _check_tensor(
@@ -357,6 +477,9 @@ def _check_tensor(
     if not isinstance(found, Tensor) or tuple(found.shape) != shape or found.dtype != dtype:
         what = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, Tensor) else type(found)
         raise TileError(f"{name}: {part} is {what}, expected {shape} {dtype}")
+    laid = found.permute(0, 2, 3, 1) if part == "features" else found
+    if found.layout != torch.strided or not laid.is_contiguous():
+        raise TileError(f"{name}: {part} does not lie in memory as it is written")
 
 
 def drop_changed(found: Manifest, scenes: dict[str, dict[str, Any]], folder: Path) -> list[str]:
@@ -365,7 +488,11 @@ def drop_changed(found: Manifest, scenes: dict[str, dict[str, Any]], folder: Pat
     A scene that the manifest does not know may have tiles too: it was taken away and came back.
     """
     changed = {name for name in scenes if found.scenes.get(name) != scenes[name]}
-    stale = [path for path in folder.glob("*.pt") if scene_of(path.stem) in changed]
+    stale = [
+        path
+        for path in folder.glob("*.pt")
+        if scene_of(path.stem) in changed and PLACE.fullmatch(path.stem.rpartition("__")[2])
+    ]
     for path in stale:
         path.unlink()
     write_manifest(replace(found, scenes=scenes, complete=False), folder)

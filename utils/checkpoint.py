@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from config import Config, Dataset
-from utils.artefacts import checked_zip, write_artefact
-from utils.cache import DAMAGE, KEYS, CacheError, Manifest, seen_bands, short
+from utils.artefacts import write_artefact
+from utils.cache import Manifest, load_plain, same_in, seen_bands
 from utils.distributed import has_bf16
 from utils.logging import VerbosityLogger
 from utils.turns import first_turns
@@ -84,12 +84,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path}: no such checkpoint; train first, or set inference.checkpoint to one"
         )
-    stored = path.read_bytes()  # what fails from here on is the content's fault
     try:
-        content = torch.load(checked_zip(stored), map_location="cpu", weights_only=True)
-    except DAMAGE as error:
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{path}: damaged, or not a checkpoint ({reason})") from error
+        content = load_plain(path)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint ({error})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a DINOv3Seg checkpoint of format {FORMAT}")
     content = {key: value for key, value in content.items() if key != "format"}
@@ -218,14 +216,8 @@ def require_backbone(folder: Path, manifest: Manifest, backbone: Any) -> None:
         "rgb": list(spec.rgb),
         "norm": spec.norm,
     }
-    for name, value in ours.items():
-        found = getattr(manifest, name)
-        if found != value:
-            raise CacheError(
-                f"{folder}: its tiles are for a backbone with {name} {short(found)}, this run has "
-                f"{short(value)} ({KEYS.get(name, name)}); set it back, or run prepare into "
-                "another folder"
-            )
+    remedy = "set it back, or run prepare into another folder"
+    same_in(manifest, ours, f"{folder}: its tiles are for a backbone with", remedy)
 
 
 def require_equal(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -6,9 +6,10 @@ for it. Collate: batches of them, with image, features and label turned alike; t
 memory, not read, so that what a batch does not need stays on the disk, and no value moves twice.
 """
 
+import os
 import random
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -22,8 +23,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, get_worker_info
 
 from config import Augmentations, Splits, Train
-from utils.artefacts import sweep
+from utils.artefacts import NAME, sweep
 from utils.cache import (
+    MANIFEST,
     CacheError,
     Manifest,
     TileError,
@@ -36,12 +38,14 @@ from utils.cache import (
 )
 from utils.distributed import Runtime
 from utils.footprints import footprints, write_sides
+from utils.locks import HOLDER, LOCK
 from utils.logging import VerbosityLogger
 from utils.process import serve_parent
 from utils.sampling import balanced_order
 from utils.splits import Split, audit, split_by_blocks, split_by_lists, split_by_regions
 from utils.turns import Turn
 
+SIDES = "splits.geojson"
 STRIP = 64  # columns: a quarter turn of bytes reads whole columns, which a cache holds in strips
 KEPT = 64  # pieces of batches' memory to hold on to
 
@@ -75,29 +79,53 @@ class Drawn(NamedTuple):
     weighs: bool
 
 
-def verify(folder: Path, workers: int, run: Runtime, log: VerbosityLogger) -> None:
-    """Check every cached tile; delete the bad ones, so that the next prepare makes them again.
+def verify(
+    folder: Path, workers: int, run: Runtime, log: VerbosityLogger,
+    only: Collection[str] | None = None,
+) -> list[str]:  # fmt: skip
+    """Check every cached tile, or some; delete the bad ones and return their names.
 
     Only a tile's content condemns it. Trouble of the reader (permissions, memory, a failing disk)
-    ends the phase and deletes nothing.
+    ends the phase and deletes nothing more. Files that are no tiles of this cache are kept.
     """
     manifest = read_manifest(folder)
-    names = run.share(tile_names(folder, manifest))
-    paths = [tile_path(folder, name) for name in names]
-    bad = 0
+    found = tile_names(folder, manifest)
+    if not found:
+        raise CacheError(f"{folder}: holds no tile; run prepare again")
+    if run.is_main and (others := foreign_files(folder, found)):
+        log.info(f"verify: {len(others)} files of other origin are kept: {some_of(others)}")
+    names = run.share([name for name in found if only is None or name in only])
+    paths, bad = [tile_path(folder, name) for name in names], []
     with _mapper(min(workers, len(paths))) as check_all:
-        found = check_all(partial(_fault, manifest=manifest), paths)
-        work = log.progress(found, "verify", total=len(paths), unit="tile", every=50)
+        faults = check_all(partial(_fault, manifest=manifest), paths)
+        work = log.progress(faults, "verify", total=len(paths), unit="tile", every=50)
         for path, fault in run.beating(zip(paths, work, strict=True)):
             if fault is not None:
-                path.unlink()
-                bad += 1
+                path.unlink(missing_ok=True)
+                bad.append(path.stem)
                 log.warning(f"verify: deleted {fault}")
     run.wait()
-    checked, bad = run.sum(torch.tensor([len(paths), bad])).tolist()
-    log.info(f"verify: {checked} tiles checked, {bad} deleted")
-    if checked == bad:
-        raise CacheError(f"{folder}: no sound tile left; run prepare again")
+    parts = run.gather((len(paths), bad))
+    deleted = sorted(name for _, part in parts for name in part)
+    log.info(f"verify: {sum(count for count, _ in parts)} tiles checked, {len(deleted)} deleted")
+    return deleted
+
+
+def some_of(names: Sequence[str], most: int = 3) -> str:
+    """The first of some names.
+
+    >>> some_of(["a", "b", "c", "d"])
+    'a, b, c, ...'
+    """
+    return ", ".join([*names[:most], *["..."] * (len(names) > most)])
+
+
+def foreign_files(folder: Path, tiles: Sequence[str]) -> list[str]:
+    """What lies in a cache's folder that neither prepare nor training puts there."""
+    own = {f"{name}.pt" for name in tiles} | {MANIFEST, SIDES, LOCK, HOLDER}
+    with os.scandir(folder) as entries:
+        names = {each.name for each in entries}
+    return sorted(name for name in names - own if not NAME.match(name))
 
 
 def _fault(path: Path, manifest: Manifest) -> str | None:
@@ -334,8 +362,11 @@ def load_split(
     if not manifest.complete:
         raise CacheError(f"{folder}: prepare did not finish here; run it again")
     names = [name for name in tile_names(folder, manifest) if name in manifest.tiles]
-    if missing := len(manifest.tiles) - len(names):
-        log.warning(f"train: {missing} tiles of {folder} are missing; prepare makes them again")
+    if missing := sorted(set(manifest.tiles) - set(names)):
+        raise CacheError(
+            f"{folder}: {len(missing)} of {len(manifest.tiles)} tiles are missing, {missing[0]} "
+            "first; run prepare again (prepare.enable: true), it makes exactly those"
+        )
     if not names:
         raise CacheError(f"{folder}: holds no tile; run prepare again")
     places = footprints(names, manifest)
@@ -348,7 +379,7 @@ def load_split(
         split = split_by_blocks(places, counts, section.val_fraction, lists, seed)
     if run.is_main:
         sweep(folder)
-        write_sides(folder / "splits.geojson", places, split.sides(), manifest.tiles)
+        write_sides(folder / SIDES, places, split.sides(), manifest.tiles)
     audit(split, places, counts, manifest.class_names, log)
     return manifest, split
 

@@ -33,10 +33,12 @@ from utils.optim import EarlyStopping, build_optimizer, build_schedule
 from utils.process import STOP, StoppedError
 from utils.quantize import restored
 from utils.resume import Progress, Resume
+from utils.space import Need, require_space
 from utils.tiling import batched
 
 Encode = Callable[[Tensor], list[Tensor]]
 Save = Callable[[nn.Module, int, Score], Path]
+STATES = 14  # times the weights: the best, two states of weights, average and optimizer, a new one
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,6 +316,9 @@ def fit(
     progress = keeper.find(log)
     if progress.finished:
         log.info(f"train: already complete, {progress.epoch - 1} epochs")
+    elif run.is_main:
+        needed = STATES * sum(each.nbytes for each in head.parameters())
+        require_space([Need(section.weights_dir, "train.weights_dir", needed)], "weights")
     while not progress.finished:
         epoch, skipped = progress.epoch, progress.windows * section.grad_accum_steps
         loaders.sampler.epoch, loaders.sampler.skipped = epoch, skipped * section.batch_size

@@ -18,7 +18,7 @@ from utils.blending import Strip
 from utils.checkpoint import Checkpoint
 from utils.distributed import autocast, most_at_once, upload
 from utils.ground import PolygonError
-from utils.journal import Journal
+from utils.journal import Journal, journal_folder
 from utils.logging import VerbosityLogger
 from utils.maps import Legend, MapError, MapWriter, UnwrittenError
 from utils.polygons import write_polygons
@@ -32,6 +32,7 @@ from utils.products import (
     blend_of,
     products_of,
     raster_path,
+    room_for,
     strips_of,
     work_left,
 )
@@ -46,6 +47,7 @@ from utils.raster import (
     rows_on,
 )
 from utils.scenes import SceneFile
+from utils.space import Need, bytes_below, require_space
 from utils.streaming import ahead, behind
 from utils.tiling import Tile, batched, tiles
 from utils.turns import Turn, distinct_turns
@@ -242,6 +244,7 @@ def predict_scene(
     products = products_of(section, file.name, several, trained.legend)
     with open_scene(file.path, trained.reading, file.name) as scene:
         warn_of_gsd(scene, trained, log)
+        check_space(section, scene, products, several)
         write = write_products if scene.grid == scene.own_grid else resample_products
         resume = products[0].path
         journal = write(section, scene, products, resume, network, trained, device, log)
@@ -252,6 +255,28 @@ def predict_scene(
         )
         log.info(f"inference: {count} polygons in {polygons}")
     journal.discard()
+
+
+def check_space(
+    section: Inference, scene: Scene, products: Sequence[Product], several: bool
+) -> None:
+    """Compare what mapping a scene may take on the disk with what is free, before it is begun.
+
+    Polygons are counted like the map's own bytes; finished rows in the journal are there already.
+    """
+    keys = [name for name in ("output_tif", "probabilities", "confidence")
+            if getattr(section, name) is not None]  # fmt: skip
+    sizes = room_for(products, scene.grid, scene.own_grid, section.format)
+    needs = [
+        Need(product.path.parent, f"inference.{key}", size)
+        for product, key, size in zip(products, keys, sizes, strict=True)
+    ]
+    if (polygons := polygons_path(section, scene.name, several)) is not None:
+        size = scene.own_grid.height * scene.own_grid.width
+        needs.append(Need(polygons.parent, "inference.polygons", size))
+    there = bytes_below(journal_folder(products[0].path))
+    needs[0] = needs[0]._replace(size=max(0, needs[0].size - there))
+    require_space(needs, f"the maps of {scene.path.name}")
 
 
 def warn_of_gsd(scene: Scene, trained: Trained, log: VerbosityLogger) -> None:
@@ -365,7 +390,7 @@ def resample_products(
     trained: Trained, device: torch.device, log: VerbosityLogger,
 ) -> Journal:  # fmt: skip
     """Predict at dataset.gsd into drafts, then write these on the scene's own grid."""
-    drafts = [each._replace(path=temporary_of(each.path)) for each in products]
+    drafts = [each._replace(path=temporary_of(each.path, ".tif")) for each in products]
     plain = section.model_copy(update={"format": "gtiff"})
     try:
         journal = write_products(plain, scene, drafts, resume, network, trained, device, log)

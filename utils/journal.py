@@ -20,6 +20,15 @@ PLAN = "plan.json"
 DAMAGE = (OSError, ValueError, EOFError, LookupError, zipfile.BadZipFile, zlib.error)
 
 
+def journal_folder(output: Path) -> Path:
+    """The hidden folder of a map's journal.
+
+    >>> journal_folder(Path("maps/north.tif")).as_posix()
+    'maps/.north.tif.resume'
+    """
+    return output.with_name(f".{output.name}.resume")
+
+
 class Journal:
     """The rows that are finished, by the first column and row of each.
 
@@ -33,7 +42,7 @@ class Journal:
     """
 
     def __init__(self, output: Path, plan: Mapping[str, Any]) -> None:
-        self.folder = output.with_name(f".{output.name}.resume")
+        self.folder = journal_folder(output)
         self._text = json.dumps(plan, sort_keys=True).encode()
         self._begun = self._found() == self._text
         if not self._begun:

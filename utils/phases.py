@@ -14,7 +14,7 @@ from config import Config, to_yaml
 from models import build_head
 from models.backbone import BackboneSpec, Normalize, build_backbone, describe_backbone
 from models.segmenter import Segmenter
-from utils.cache import Manifest, claim
+from utils.cache import CacheError, Manifest, claim
 from utils.checkpoint import (
     load_checkpoint,
     load_weights,
@@ -72,15 +72,28 @@ def prepare(config: Config, run: Runtime, log: VerbosityLogger) -> None:
     if config.dataset.cache == "auto":
         manifest = settle_cache(
             manifest, section.processed_dir, backbone, device, section.batch_size,
-            count_tiles(sources, section.tile_size), config.train.epochs, run, log,
+            count_tiles(sources, section.tile_size), config.train, run, log,
         )  # fmt: skip
     encode = encode_on(device, manifest, compiled(backbone, config.resources.compile, device, log))
     cache_tiles(section, sources, manifest, encode, config.resources.seed, run, log)
 
 
 def verify(config: Config, run: Runtime, log: VerbosityLogger) -> None:
-    """Check every cached tile and delete the bad ones."""
-    check_tiles(config.verify.processed_dir, config.verify.workers, run, log)
+    """Check every cached tile, delete the bad ones, and have prepare make exactly those again."""
+    folder, workers, making = config.verify.processed_dir, config.verify.workers, config.prepare
+    if not (deleted := check_tiles(folder, workers, run, log)):
+        return
+    if not making.enable or making.processed_dir != folder:
+        raise CacheError(
+            f"{folder}: {len(deleted)} bad tiles were deleted; run prepare again "
+            "(prepare.enable: true), it makes exactly those"
+        )
+    prepare(config, run, log)
+    if again := check_tiles(folder, workers, run, log, deleted):
+        raise CacheError(
+            f"{folder}: {len(again)} tiles are bad though they were just made, {again[0]} first; "
+            "look at the scenes, the backbone's weights and the disk"
+        )
 
 
 def train(config: Config, run: Runtime, log: VerbosityLogger) -> None:

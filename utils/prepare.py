@@ -26,6 +26,7 @@ from utils.cache import (
     load_tile,
     read_manifest,
     scene_of,
+    tile_names,
     tile_path,
     write_manifest,
     write_tile,
@@ -46,12 +47,14 @@ from utils.quantize import HALF, as_cached
 from utils.raster import RasterError, Reading, Scene, ground_gsd, open_scene
 from utils.sampling import class_counts
 from utils.scenes import SceneFile, band_ranges, default_bands, find_scenes
+from utils.space import Need, free_at, require_space
 from utils.streaming import ahead, behind
 from utils.tiling import Tile, batched, repeated, tiles
 from utils.turns import Turn, first_turns
 
 Encode = Callable[[np.ndarray], Mapping[str, Tensor]]
 WAITING = 1  # batches of features that wait for the thread that writes
+SAMPLE = 64  # tiles that are looked at to tell how many will be kept
 MADE, REUSED = "made", "reused"
 UNLABELLED, INVALID, SPARSE, BACKGROUND = (
     "without a labelled pixel",
@@ -186,7 +189,6 @@ def describe_cache(
         ignore_index=config.dataset.ignore_index,
         label_rules=asdict(sources.rules),
         filters=filters,
-        labels=labels_identity(sources.labels),
         class_names=list(legend.names),
         class_colors=[list(color) for color in legend.colors],
     )
@@ -206,21 +208,45 @@ def prepare(
         sweep(folder)
         _open_cache(folder, sources, wanted, run, log)
     run.wait()
-    work = list(_work(sources, section.tile_size))[run.rank :: run.world_size]
+    made = read_manifest(folder)  # as the first rank claimed it: stamps need the scenes
+    work = list(_work(sources, section.tile_size))
+    if run.is_main:
+        check_space(section, sources, made, work, seed)
+    work = work[run.rank :: run.world_size]
     tally = Tally()
     with contextlib.ExitStack() as stack:
-        readers = [TileReader(sources, section, wanted, seed) for _ in range(section.readers)]
+        readers = [TileReader(sources, section, made, seed) for _ in range(section.readers)]
         hand = stack.enter_context(behind(WAITING))
         found = stack.enter_context(ahead(readers, work, 2 * section.batch_size))
         steps = log.progress(found, "prepare", total=len(work), unit="tile", every=50)
         for batch in batched(_to_make(run.beating(steps), tally), section.batch_size):
             encoded = encode(np.stack([tile.image for tile in batch]))
-            hand(_write_tiles, folder, batch, encoded)
+            hand(_write_tiles, folder, made, batch, encoded)
     run.wait()
     tally.merge(run.gather(tally))
     if run.is_main:
         _close_cache(folder, tally, sources, log)
     run.wait()
+
+
+def check_space(
+    section: Prepare, sources: Sources, made: Manifest, work: Sequence[tuple[SceneFile, Tile]],
+    seed: int,
+) -> None:  # fmt: skip
+    """Compare what the tiles left to make will take with what is free, before any is made.
+
+    Where all of them would not fit, a look at some tells how many will be kept.
+    """
+    folder, there = section.processed_dir, set(tile_names(section.processed_dir, made))
+    left = [item for item in work if f"{item[0].name}__{item[1].name}" not in there]
+    count = len(left)
+    if count * made.tile_bytes > free_at(folder):
+        with TileReader(sources, section, made, seed) as read:
+            looked_at = left[:: -(-count // SAMPLE)]
+            fates = [read(item).fate for item in looked_at]
+        count = round(count * fates.count(MADE) / len(fates))
+    needed = count * made.tile_bytes
+    require_space([Need(folder, "paths.processed_dir", needed)], f"{count} tiles left to make")
 
 
 def _to_make(found: Iterable[ReadTile], tally: Tally) -> Iterator[ReadTile]:
@@ -232,12 +258,13 @@ def _to_make(found: Iterable[ReadTile], tally: Tally) -> Iterator[ReadTile]:
 
 
 def _write_tiles(
-    folder: Path, batch: Sequence[ReadTile], encoded: Mapping[str, Tensor]
+    folder: Path, made: Manifest, batch: Sequence[ReadTile], encoded: Mapping[str, Tensor]
 ) -> None:
     encoded = {part: whole.cpu() for part, whole in encoded.items()}
     for number, tile in enumerate(batch):
         parts = {part: whole[number] for part, whole in encoded.items()}
-        write_tile(folder, tile.name, torch.from_numpy(tile.image), tile.label, **parts)
+        stamp, image = made.stamp_of(tile.name), torch.from_numpy(tile.image)
+        write_tile(folder, tile.name, image, tile.label, **parts, stamp=stamp)
 
 
 def encode_on(device: torch.device, wanted: Manifest, backbone: torch.nn.Module) -> Encode:
@@ -296,7 +323,8 @@ def _open_cache(
             open_labels(sources.labels, scene, sources.rules) as labels,
         ):
             check_values(labels, scene, tiles(scene.grid.height, scene.grid.width, 512))
-            scenes[name] = scene.identity
+            read = labels_identity([source.path for source in labels.sources])
+            scenes[name] = scene.identity | {"labels": read}
             if scene.grid.georeferenced:
                 sizes.append(ground_gsd(scene.grid))
             shape = f"{scene.grid.height}×{scene.grid.width} pixels"
@@ -304,7 +332,7 @@ def _open_cache(
             log.debug(f"prepare: {name}: {shape}, labels from {met}")
     found = replace(claim(wanted, folder), ground_gsd=median(sizes) if sizes else None)
     for name in drop_changed(found, scenes, folder):
-        log.info(f"{name}: changed since it was cached; its tiles are made again")
+        log.info(f"{name}: it or its labels changed since; its tiles are made again")
 
 
 class TileReader(contextlib.AbstractContextManager):
@@ -385,7 +413,7 @@ def own_label(labels: Labels, tile: Tile) -> np.ndarray:
 
 def cached_label(path: Path, manifest: Manifest) -> Tensor | None:
     """The label of a tile that is cached and sound at a glance; None where it must be made."""
-    if not path.exists():
+    if not path.is_file():
         return None
     try:
         content = load_tile(path, mmap=True)

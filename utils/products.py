@@ -28,6 +28,7 @@ from utils.raster import Grid
 from utils.tiling import Tile, stride_of
 
 MB = 10**6
+COG_ROOM = 8 / 3  # of a GeoTIFF, its copy with overviews, and overviews, to a GeoTIFF
 
 
 class InferenceError(Exception):
@@ -183,6 +184,22 @@ class Mosaic:
                 f"tile {tile.name}: probabilities are not finite; the head's or the "
                 "backbone's weights are damaged, or resources.precision does not suit them"
             )
+
+
+def room_for(products: Sequence[Product], read: Grid, own: Grid, format: str) -> list[int]:
+    """Bytes that each raster of a scene takes at most on its way, as if nothing got smaller.
+
+    That is its rows in the journal; a draft where the scene is read on another grid than its own;
+    the GeoTIFF; and for a COG the copy with overviews, and these once more while they are made.
+
+    >>> grid, legend = Grid(None, None, height=100, width=300), Legend(("a",), ((0, 0, 0),))
+    >>> room_for([Product(Path("map.tif"), class_map(legend), classes_of)], grid, grid, "gtiff")
+    [60000]
+    """
+    before = read.height * read.width * (1 if read == own else 2)
+    written = own.height * own.width * (COG_ROOM if format == "cog" else 1)
+    sizes = (len(each.content.bands) * np.dtype(each.content.dtype).itemsize for each in products)
+    return [round(size * (before + written)) for size in sizes]
 
 
 def blend_of(

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from config import Augmentations, Train
-from utils.artefacts import checked_zip, sweep, write_artefact
-from utils.cache import DAMAGE, Manifest
+from utils.artefacts import sweep, write_artefact
+from utils.cache import Manifest, hash_of, load_plain
 
 FORMAT = 1
 HARMLESS = {  # what a run may change and go on
@@ -85,9 +85,21 @@ def identity_of(
         "dataset.augmentations": augmentations.model_dump(),
         "tiles to train on": digest(train),
         "tiles to validate on": digest(val),
+        "the cache's content": content_of(manifest),
         **{f"the cache's {name}": getattr(manifest, name) for name in OF_CACHE},
         **{f"train.{name}": value for name, value in settings.items()},
     }
+
+
+def content_of(manifest: Manifest) -> str:
+    """A hash that tells what the tiles of two caches hold apart: how they were made, pixels by
+    class, and bytes of the sources. Times do not count: a project that was copied goes on.
+    """
+    sizes = {
+        name: [about.get("bytes"), [each["bytes"] for each in about.get("labels", {}).values()]]
+        for name, about in manifest.scenes.items()
+    }
+    return hash_of([manifest.fingerprint, manifest.tiles, sizes], 8)
 
 
 def digest(names: Sequence[str]) -> str:
@@ -162,12 +174,10 @@ def asdict_shallow(progress: Progress) -> dict[str, Any]:
 
 def load(path: Path) -> dict[str, Any]:
     """The content of a state's file, but for its format; anything but a whole one is an error."""
-    stored = path.read_bytes()  # what fails from here on is the content's fault
     try:
-        content = torch.load(checked_zip(stored), map_location="cpu", weights_only=True)
-    except DAMAGE as error:
-        reason = str(error).partition("\n")[0]
-        raise StateError(f"{path}: damaged, or no state of training ({reason})") from error
+        content = load_plain(path)
+    except ValueError as error:
+        raise StateError(f"{path}: damaged, or no state of training ({error})") from error
     wanted = {"identity", *(each.name for each in fields(Progress))}
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise StateError(f"{path}: no state of training of format {FORMAT}")

@@ -73,7 +73,8 @@ def behind(depth: int) -> Iterator[Callable[..., None]]:
     """A function that has another one called in a thread, in order, and returns at once.
 
     It waits only where `depth` calls are pending. The block ends when all are done, also where an
-    error leaves it; after a call has failed those that have not begun are dropped.
+    error leaves it; after a call has failed those that have not begun are dropped. A call's failure
+    is raised even where another error leaves the block, which it came before.
 
     >>> written = []
     >>> with behind(depth=2) as hand:
@@ -101,5 +102,10 @@ def behind(depth: int) -> Iterator[Callable[..., None]]:
         yield hand
         while pending:
             settle()
-    finally:
+    except BaseException:
         pool.shutdown(cancel_futures=failed)
+        while pending and not failed:
+            settle()
+        raise
+    finally:
+        pool.shutdown()

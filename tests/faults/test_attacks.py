@@ -157,7 +157,7 @@ def as_a_source(write: Callable[[Path], object]) -> Attack:
         path.parent.mkdir()
         write(path)
         return [*only("prepare"), f"paths.raw_images_dir={path.parent}",
-                "paths.processed_dir=anew"]  # fmt: skip
+                f"paths.processed_dir={folder / 'anew'}"]  # fmt: skip
 
     return attack
 
