@@ -334,14 +334,16 @@ def distributed(resources: Resources) -> Iterator[Runtime]:
     if resources.dist_backend == "nccl":
         Runtime(local_rank=local_rank).device("cuda")
         torch.cuda.set_device(local_rank)
-    pulse = None
+    pulse, patience = None, timedelta(minutes=resources.timeout_minutes)
     try:
-        dist.init_process_group(
-            resources.dist_backend, timeout=timedelta(minutes=resources.timeout_minutes)
+        store, rank, size = next(dist.rendezvous("env://", timeout=patience))
+        pulse = Pulse(
+            dist.PrefixStore("pulse", store), rank, size, resources.timeout_minutes
         )
-        rank, size = dist.get_rank(), dist.get_world_size()
-        store = dist.PrefixStore("dinov3seg", dist.distributed_c10d._get_default_store())
-        pulse = Pulse(store, rank, size, resources.timeout_minutes)
+        pulse.meet()  # where a signal can end the wait for a rank that never comes
+        dist.init_process_group(
+            resources.dist_backend, timeout=patience, store=store, rank=rank, world_size=size
+        )
         yield Runtime(rank, local_rank, size, pulse)
     except Exception as error:
         ending = told(error, pulse, resources.timeout_minutes)
