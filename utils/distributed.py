@@ -23,7 +23,10 @@ from utils.logging import VerbosityLogger
 from utils.process import STOP, StoppedError, exit_code_of
 
 Item = TypeVar("Item")
-BEAT, LOOK = 1.0, 0.05  # seconds between two signs of life, and between two looks for them
+BEAT, LOOK = 1.0, 0.05  # seconds between two signs of life, and between two looks for them# A group that a DDP module lets go of last waits for threads of its own that wait for Python: an
+# error's frames may hold such a module until the run is over, so groups are held for longer.
+GROUPS: list[dist.ProcessGroup] = []
+
 LAUNCH = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # what torchrun sets
 
 
@@ -344,6 +347,7 @@ def distributed(resources: Resources) -> Iterator[Runtime]:
         dist.init_process_group(
             resources.dist_backend, timeout=patience, store=store, rank=rank, world_size=size
         )
+        GROUPS.append(dist.group.WORLD)
         yield Runtime(rank, local_rank, size, pulse)
     except Exception as error:
         ending = told(error, pulse, resources.timeout_minutes)

@@ -75,7 +75,8 @@ def _live(call: Callable[[], int], output: int) -> None:
         os.setsid()
         for number in (1, 2):
             os.dup2(output, number)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
         sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
         rasterio.shutil.copy = partial(_copy_alone, rasterio.shutil.copy)
         code = call()

@@ -16,7 +16,7 @@ from utils.resume import Resume
 
 ONLY_TRAIN = ("prepare.enable=false", "verify.enable=false", "inference.enable=false")
 WAYS = {
-    "EMA": ("train.ema_decay=0.9", "train.batch_size=3"),
+    "EMA": ("train.ema_decay=0.9", "train.batch_size=4"),
     "accumulation": ("train.grad_accum_steps=2", "train.batch_size=2"),
     "two ranks": (*GLOO, "train.batch_size=2"),
 }
@@ -26,7 +26,7 @@ CASES = [(head, way) for head in HEADS for way in WAYS] if WHOLE else [("linear"
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
-    """A project with 9 tiles to train on."""
+    """A project with ten tiles or so to train on."""
     shape = {"epochs": EPOCHS, "checkpoint_minutes": 1e-9}
     path = project.write_project(tmp_path_factory.mktemp("equal"), 190, 250, train=shape)
     assert project.run(path, "train.enable=false", "inference.enable=false") == 0
