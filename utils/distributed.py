@@ -23,7 +23,8 @@ from utils.logging import VerbosityLogger
 from utils.process import STOP, StoppedError, exit_code_of
 
 Item = TypeVar("Item")
-BEAT, LOOK = 1.0, 0.05  # seconds between two signs of life, and between two looks for them# A group that a DDP module lets go of last waits for threads of its own that wait for Python: an
+BEAT, LOOK = 1.0, 0.05  # seconds between two signs of life, and between two looks for them
+# A group that a DDP module lets go of last waits for threads of its own that wait for Python: an
 # error's frames may hold such a module until the run is over, so groups are held for longer.
 GROUPS: list[dist.ProcessGroup] = []
 
