@@ -46,14 +46,13 @@ class LaunchError(DeviceError):
 class PeerError(Exception):
     """Another rank ended or cannot be reached, and this one cannot go on alone.
 
-    exit_code: that of the rank that failed first, where it left word of it.
+    exit_code: that of the rank that failed first; everywhere: whether that one said why, so that
+    the others need not.
     """
 
-    everywhere = True
-
-    def __init__(self, text: str, exit_code: int = 4) -> None:
+    def __init__(self, text: str, exit_code: int = 4, everywhere: bool = False) -> None:
         super().__init__(text)
-        self.exit_code = exit_code
+        self.exit_code, self.everywhere = exit_code, everywhere
 
 
 class Pulse:
@@ -369,7 +368,8 @@ def told(error: Exception, pulse: Pulse | None, minutes: float) -> Exception:
         return error
     if pulse is not None and (word := pulse.word()) is not None:
         rank, code = word
-        return PeerError(f"rank {rank} failed with exit code {code}; its own line says why", code)
+        reason = f"rank {rank} failed with exit code {code}; its own line says why"
+        return PeerError(reason, code, everywhere=True)
     if stopped or STOP.asked:
         return StoppedError()
     if isinstance(error, PeerError):
@@ -377,7 +377,7 @@ def told(error: Exception, pulse: Pulse | None, minutes: float) -> Exception:
     reason = str(error).partition("\n")[0]
     if "Timed out" in reason:
         return PeerError(silence(minutes))
-    return PeerError(f"lost the other ranks, whose own lines may say why ({reason})")
+    return PeerError(f"lost another rank ({reason}); run it again to go on")
 
 
 def lost(error: Exception) -> bool:

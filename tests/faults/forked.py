@@ -79,7 +79,7 @@ def _live(call: Callable[[], int], output: int) -> None:
         sys.stdout = os.fdopen(1, "w", closefd=False)
         sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
         sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
-        torch.set_num_threads(1)  # makes torch's threads anew, which two threads must not do at once
+        torch.set_num_threads(1)  # makes torch's pool anew, which two threads must not do at once
         rasterio.shutil.copy = partial(_copy_alone, rasterio.shutil.copy)
         code = call()
     except BaseException:  # noqa: BLE001 - the child of a test ends here, whatever came

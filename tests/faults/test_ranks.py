@@ -21,7 +21,7 @@ import pytest
 import torch
 from bits import content_of, told
 from forked import Child, left_of
-from ranks import GLOO, ended, started
+from ranks import GLOO, Ranks, ended
 from size import figure, sized
 
 from utils.divergence import tensors_in
@@ -49,10 +49,10 @@ class Trial:
         self.wanted = self.results()
         shutil.copy(self.work / "cache" / "splits.geojson", folder)
 
-    def start(self, workers: int, *settings: str) -> list[Child]:
+    def start(self, workers: int, *settings: str) -> Ranks:
         """The run in two ranks."""
         config, more = self.work / "config.yml", (f"train.num_workers={workers}", *settings)
-        return started(lambda: project.run(config, *GLOO, *more))
+        return Ranks(lambda: project.run(config, *GLOO, *more))
 
     def renew(self) -> None:
         """Bring the project back to where it began."""
@@ -113,7 +113,7 @@ def test_a_rank_is_killed(trial):
     dice, count, slowest, inside = random.Random("a rank killed"), sized(1, 17), 0.0, 0
     for number in range(count):
         trial.renew()
-        ranks = trial.start(number % 2)
+        ranks = trial.start((number + 1) % 2)
         begun_phase(ranks, dice, 0.7 * trial.seconds)
         victim = ranks[dice.randrange(2)]
         victim.kill()
@@ -135,9 +135,9 @@ def test_a_rank_hangs(trial):
     dice, count, slowest = random.Random("a rank hangs"), sized(1, 18), 0.0
     for number in range(count):
         trial.renew()
-        ranks = trial.start(number % 2, f"resources.timeout_minutes={HANGS}")
+        ranks = trial.start((number + 1) % 2, f"resources.timeout_minutes={HANGS}")
         begun_phase(ranks, dice, 0.5 * trial.seconds)
-        hanging, other = ranks if dice.random() < 0.5 else ranks[::-1]
+        hanging, other = dice.sample(ranks, 2)
         hanging.kill(signal.SIGSTOP)
         begun = time.monotonic()
         assert other.wait(60 * HANGS + SOON) == 4, other.said
@@ -158,7 +158,7 @@ def test_both_are_told_to_end(trial):
     dice, count, slowest, kept = random.Random("told to end"), sized(1, 17), 0.0, 0
     for number in range(count):
         trial.renew()
-        ranks = trial.start(number % 2)
+        ranks = trial.start((number + 1) % 2)
         begun_phase(ranks, dice, 0.7 * trial.seconds)
         for rank in ranks:
             os.killpg(rank.pid, signal.SIGTERM)  # as torchrun does: workers are told too
@@ -182,7 +182,7 @@ def test_their_parent_is_killed(trial, tmp_path):
         note = tmp_path / f"ranks{number}"
 
         def launch() -> int:
-            ranks = trial.start(number % 2)  # noqa: B023
+            ranks = trial.start((number + 1) % 2)  # noqa: B023
             note.write_text(" ".join(str(rank.pid) for rank in ranks))  # noqa: B023
             return max(ended(ranks))
 
@@ -262,7 +262,7 @@ def test_what_is_no_number_on_one_rank_ends_both_with_one_line_and_its_tiles(tri
         Step.forward = poison
         return project.run(config, *GLOO, *train, "train.batch_size=1")
 
-    ranks = started(run)
+    ranks = Ranks(run)
     assert ended(ranks) == [5, 5], ranks[0].said + ranks[1].said
     [line] = errors_of(ranks)
     assert re.search(rf"{what} is nan .*step \d+ .*rates .*tiles {victim}\b", line), line

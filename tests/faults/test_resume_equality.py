@@ -8,7 +8,7 @@ import project
 import pytest
 from bits import content_of
 from forked import forked
-from ranks import GLOO, ended, started
+from ranks import GLOO, Ranks, ended
 from size import WHOLE, figure, sized
 
 from models import HEADS
@@ -42,7 +42,7 @@ def train(config: Path, head: str, way: str, weights: Path, keep: Callable) -> N
         return project.run(config, *settings)
 
     if way == "two ranks":
-        ranks = started(run)
+        ranks = Ranks(run)
         assert ended(ranks) == [0, 0], ranks[0].said
     else:
         assert forked(run) == 0
