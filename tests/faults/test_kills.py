@@ -5,11 +5,10 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import project
 import pytest
-import torch
+from bits import content_of
 from forked import Child, forked, left_of
 from size import figure, sized
 
@@ -46,25 +45,6 @@ class Stage:
         """Every file of the project but what is each run's own."""
         paths = (path for path in self.work.rglob("*") if path.is_file() and path.name not in OWN)
         return {str(path.relative_to(self.work)): content_of(path) for path in paths}
-
-
-def content_of(path: Path) -> bytes:
-    """A file's bytes; of weights and states all that they hold, for pickle writes it in two ways.
-
-    Equal strings that are one object are written once, those that a file gave back each by itself.
-    """
-    return told(torch.load(path)).encode() if path.suffix == ".pth" else path.read_bytes()
-
-
-def told(value: Any) -> str:
-    """Nested values in words, down to the last bit of each tensor."""
-    if isinstance(value, dict):
-        return str([(told(key), told(each)) for key, each in value.items()])
-    if isinstance(value, list | tuple):
-        return str([told(each) for each in value])
-    if isinstance(value, torch.Tensor):
-        return f"{value.dtype} {tuple(value.shape)} {value.numpy().tobytes().hex()}"
-    return repr(value)
 
 
 def only(phase: str) -> list[str]:
