@@ -355,7 +355,7 @@ class Train(Section):
     clip_grad: Weight = Field(1.0, description="largest gradient norm; 0: no clipping")
     patience: Count = Field(10, description="epochs without a better mIoU before training stops")
     val_fraction: float = Field(0.2, gt=0, lt=1, description="share of tiles that validate")
-    num_workers: int = Field(4, ge=0, description="loader processes; 0: none")
+    num_workers: int = Field(4, ge=0, description="threads that load batches; 0: none")
     sampler: Literal["uniform", "balanced"] = Field(
         "uniform", description="balanced: each class is met equally often"
     )

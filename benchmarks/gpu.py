@@ -5,7 +5,8 @@
 
 Each phase is run whole, with constants in place of its network, and its network alone; the slower
 of the latter two binds it. The measure for all is the bare forward, compiled, with weights in bf16,
-at its best batch. Without a CUDA device it ends with exit code 4.
+at its best batch; phases compile their networks too (resources.compile). Without a CUDA device it
+ends with exit code 4.
 """
 
 import copy
@@ -17,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 
 from benchmarks.meter import Spent
@@ -28,6 +30,7 @@ from benchmarks.workload import (
     bare_segment,
     encode_of,
     load,
+    manifest_of,
     run_inference,
     run_prepare,
     segmenter_of,
@@ -38,36 +41,40 @@ from models.backbone import DinoBackbone
 from utils.distributed import no_cuda
 from utils.logging import complain
 
-HEIGHT, WIDTH = 8192, 8192  # 256 tiles, 441 windows
+SIDE = 8192  # pixels: 256 tiles, 441 windows
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-WHOLE, SHARE = "tiles per second", "share of the bare forward"
+WHOLE, SHARE, TARGET = "tiles per second", "share of the bare forward", 0.8
 
 
-def measure(batch: int = 32, threads: int = 8, runs: int = 3) -> list[Row]:
+def measure(
+    batch: int = 32, threads: int = 8, runs: int = 3, device: str = "cuda",
+    backbone: str = "vitl16", side: int = SIDE, batches: Sequence[int] = BATCHES,
+) -> list[Row]:  # fmt: skip
     """Rows for the bare forward and for each phase, its network alone and the rest alone."""
     with TemporaryDirectory() as name:
         folder = Path(name)
-        device = {"device": "cuda", "batch_size": batch}
+        place = {"device": device, "batch_size": batch}
+        resources = {"omp_threads": threads, "compile": True}
         path = write_project(
-            folder, "vitl16", resources={"omp_threads": threads}, prepare=device, inference=device
+            folder, backbone, resources=resources, prepare=place, inference=place
         )
-        load(path)
-        config = load(path, write_rasters(folder, HEIGHT, WIDTH))
-        backbone = backbone_of(config).to("cuda")
-        segmenter = segmenter_of(config, backbone)
-        raw = torch.from_numpy(pixels(8)).repeat(-(-batch // 8), 1, 1, 1)[:batch]
-        encode, on_device = encode_of(config, backbone), raw.to("cuda")
+        config = load(path, write_rasters(folder, side, side))
+        network = backbone_of(config).to(device)
+        segmenter = segmenter_of(config, network)
+        raw = np.tile(pixels(8), (-(-batch // 8), 1, 1, 1))[:batch]
+        encode = encode_of(config, manifest_of(config, network), network)
+        on_device = torch.from_numpy(raw).to(device)
         alone = {
             "prepare": partial(encode, raw),
             "inference": partial(bare_segment, config, segmenter, on_device),
         }
-        bare = bare_rate(backbone)
+        bare = bare_rate(network, torch.device(device), batches)
         rows = [figure_row("bare forward", WHOLE, bare)]
-        for phase, run, network in (
-            ("prepare", run_prepare, backbone), ("inference", run_inference, segmenter),
+        for phase, run, model in (
+            ("prepare", run_prepare, network), ("inference", run_inference, segmenter),
         ):  # fmt: skip
-            network_rate = rate_of(alone[phase], batch)
-            rows += phase_rows(phase, partial(run, config), network, network_rate, bare, runs)
+            network_rate = rate_of(alone[phase], batch, torch.device(device))
+            rows += phase_rows(phase, partial(run, config), model, network_rate, bare, runs)
         return rows
 
 
@@ -83,37 +90,45 @@ def phase_rows(
     )
     binds = "its network" if network_rate < rest else "reading and writing"
     return [
-        figure_row(phase, SHARE, whole / bare, unit=""),
+        Row(f"{phase}: {SHARE}", whole / bare, TARGET, at_least=True),
         figure_row(phase, f"{WHOLE}, bound by {binds}", whole),
         figure_row(phase, f"{WHOLE}, its network alone", network_rate),
         figure_row(phase, f"{WHOLE}, all but its network", rest),
     ]
 
 
-def figure_row(phase: str, what: str, measured: float, unit: str = "/s") -> Row:
+def figure_row(phase: str, what: str, measured: float) -> Row:
     """A row without a limit."""
-    return Row(f"{phase}: {what}", measured, 0, unit, at_least=True)
+    return Row(f"{phase}: {what}", measured, 0, "/s", at_least=True)
 
 
-def bare_rate(backbone: DinoBackbone) -> float:
+def bare_rate(
+    backbone: DinoBackbone, device: torch.device, batches: Sequence[int] = BATCHES
+) -> float:
     """Tiles per second of the compiled bf16 forward on tiles that are on the device, at best."""
     weights = copy.deepcopy(backbone).bfloat16()
     bare = torch.compile(lambda images: bare_forward(weights, images), dynamic=False)
-    raw = torch.from_numpy(pixels(8)).repeat(BATCHES[-1] // 8, 1, 1, 1).to("cuda")
-    images = backbone.normalize(raw).bfloat16()
-    return max(rate_of(partial(bare, images[:batch]), batch) for batch in BATCHES)
+    raw = np.tile(pixels(8), (-(-max(batches) // 8), 1, 1, 1))
+    images = backbone.normalize(torch.from_numpy(raw).to(device)).bfloat16()
+    return max(rate_of(partial(bare, images[:batch]), batch, device) for batch in batches)
 
 
-def rate_of(call: Callable[[], object], batch: int, calls: int = 10) -> float:
+def rate_of(call: Callable[[], object], batch: int, device: torch.device, calls: int = 10) -> float:
     """Tiles per second of a call on the device, the first calls left out."""
     for _ in range(3):
         call()
-    torch.cuda.synchronize()
+    finish(device)
     start = time.perf_counter()
     for _ in range(calls):
         call()
-    torch.cuda.synchronize()
+    finish(device)
     return batch * calls / (time.perf_counter() - start)
+
+
+def finish(device: torch.device) -> None:
+    """Wait until the device has done what it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -51,7 +51,7 @@ def sample_rows(folder: Path, runs: int) -> list[Row]:
 
 
 def stall_rows(folder: Path, runs: int) -> list[Row]:
-    """The share of an epoch in which the steps of unet_v2 wait for a loader process."""
+    """The share of an epoch in which the steps of unet_v2 wait for a loading thread."""
     settings = {"num_workers": 1, "epochs": 2, "batch_size": 2}
     epochs = Epochs()
     run_training(cached(folder, "vits16", 2048, 2048 + 512, **settings), epochs)

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from benchmarks.meter import Spent, Watched, cpu_seconds
 from benchmarks.rows import Row, command_line, report
@@ -35,10 +34,11 @@ from models.backbone import (
 )
 from models.segmenter import Segmenter
 from utils.cache import Manifest, read_manifest
-from utils.data import Sample, make_loaders
-from utils.distributed import Runtime, autocast, distributed, precision_of
+from utils.data import Sample
+from utils.distributed import Runtime, autocast, compiled, distributed, precision_of
 from utils.engine import fit
 from utils.inference import Trained, predict_scenes
+from utils.loading import Loader, make_loaders
 from utils.logging import VerbosityLogger
 from utils.maps import default_legend
 from utils.prepare import describe_cache, encode_on, find_sources, prepare
@@ -175,10 +175,19 @@ def backbone_of(config: Config) -> DinoBackbone:
     return build_backbone(config.model, describe_backbone(config.model))
 
 
+def manifest_of(config: Config, known: DinoBackbone | NoBackbone) -> Manifest:
+    """What the cache of the project's scene is to be."""
+    device = Runtime().device(config.prepare.device)
+    return describe_cache(config, find_sources(config), known, device)
+
+
 def encode_of(config: Config, manifest: Manifest, backbone: DinoBackbone) -> Pixels:
     """Pixels in memory to what is cached of them, as prepare is given it."""
     device = Runtime().device(config.prepare.device)
-    return encode_on(device, manifest, backbone.to(device).compute_in(manifest.precision))
+    network = backbone.to(device).compute_in(manifest.precision)
+    return encode_on(
+        device, manifest, compiled(network, config.resources.compile, device, silent())
+    )
 
 
 def null_encode(spec: BackboneSpec, section: Prepare) -> Pixels:
@@ -272,7 +281,7 @@ def run_inference(config: Config, segmenter: Segmenter | None = None) -> Spent:
         shares = constant_shares(section.batch_size, classes, device)
         segment = Watched(lambda pixels: shares[: len(pixels)])
     else:
-        segment = Watched(segmenter)
+        segment = Watched(compiled(segmenter, config.resources.compile, device, silent()))
     scenes, _ = find_scenes(section.input_tif, "inference.input_tif")
     trained = Trained(default_legend(classes), Reading(), None, {}, precision_in(config))
     predict_scenes(section, scenes, segment, trained, device, silent())
@@ -329,7 +338,7 @@ class Epochs(VerbosityLogger):
         """Pass batches on, and remember how long each was waited for."""
         batches = iter(items)
         samples, waited = 0, 0.0
-        yield next(batches)  # loader processes start up with it
+        yield next(batches)  # loaders start with it
         start, cpu, asked = time.perf_counter(), cpu_seconds(), time.perf_counter()
         for batch in batches:
             waited += time.perf_counter() - asked
@@ -347,7 +356,7 @@ def split_of(config: Config) -> tuple[Manifest, Split]:
     return manifest, Split(train=others, val=[first])
 
 
-def train_batches(config: Config) -> DataLoader:
+def train_batches(config: Config) -> Loader:
     """A lone process's batches to learn from."""
     manifest, split = split_of(config)
     turns, seed = config.dataset.augmentations, config.resources.seed

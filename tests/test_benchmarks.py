@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import rasterio
+import torch
 
 from benchmarks import gpu, meter, workload
 from benchmarks.__main__ import main, scripts
@@ -58,6 +59,17 @@ def test_the_growth_of_pace_is_a_ratio_of_medians(monkeypatch):
 
     monkeypatch.setattr(meter, "apart", apart)
     assert meter.growth_of_pace(3, None, Path(), ("small", "large")) == 5.5 / 5.0
+
+
+def test_the_script_of_the_gpu_runs_on_a_cpu_too(monkeypatch):
+    """Whatever the device, the phases are called as they are now; nothing is compiled here."""
+    monkeypatch.setattr(torch, "compile", lambda network, **_: network)
+    rows = gpu.measure(2, 1, 1, device="cpu", backbone="tiny", side=512, batches=(1,))
+    found = {row.what: row.measured for row in rows}
+    assert len(found) == 9
+    assert all(math.isfinite(value) and value > 0 for value in found.values())
+    for phase in ("prepare", "inference"):
+        assert 0 < found[f"{phase}: share of the bare forward"] < 1.5
 
 
 def test_without_a_gpu_its_script_says_so_in_one_line(monkeypatch, capsys):

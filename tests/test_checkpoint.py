@@ -276,3 +276,9 @@ def test_a_processor_that_emulates_bf16_is_a_warning(path, log, monkeypatch):
 
 def test_equal_settings_pass():
     require_equal(Path("x"), {"layers": [1], "mean": [0.1]}, {"layers": [1], "mean": [0.1]})
+
+
+def test_a_checkpoint_that_claims_another_width_is_refused_before_a_head_is_built(path):
+    save_checkpoint(replace(made(), channels=2**40, levels=9), path)
+    with pytest.raises(CheckpointError, match=r"levels is 9, .*; channels is 1099511627776, this"):
+        require_fit(path, load_checkpoint(path), run_of(), BACKBONE)

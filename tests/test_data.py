@@ -30,20 +30,16 @@ from utils.cache import (
     write_manifest,
 )
 from utils.data import (
-    KEPT,
-    Collate,
     EpochSampler,
-    Memory,
     PrecomputedDataset,
     Sample,
-    array_of,
     draw_turn,
     load_split,
-    make_loaders,
     uniform_order,
     verify,
 )
 from utils.distributed import Runtime
+from utils.loading import KEPT, Collate, Memory, array_of, make_loaders
 from utils.logging import VerbosityLogger
 from utils.process import exit_code_of, one_line
 from utils.quantize import as_cached, restored
@@ -345,9 +341,8 @@ def epoch_of(loaders, epoch: int) -> dict[str, Tensor]:
     return labels
 
 
-def test_workers_that_stay_see_each_epoch_as_one_process_does(folder):
+def test_threads_see_each_epoch_as_a_loader_without_them_does(folder):
     alone, workers = loaders_of(folder, 0), loaders_of(folder, 2)
-    assert workers.train.persistent_workers
     epochs = []
     for epoch in range(3):
         expected, found = epoch_of(alone, epoch), epoch_of(workers, epoch)

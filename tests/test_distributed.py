@@ -411,12 +411,11 @@ def test_nccl_without_a_gpu_is_refused_before_the_group_forms(monkeypatch):
 @without_cuda
 def test_a_group_that_cannot_form_is_4_and_says_why(monkeypatch):
     launched_as(monkeypatch, world_size=1)
-    monkeypatch.setenv("MASTER_ADDR", "no.such.host.invalid")
 
     def failing(*_, **__):
         raise torch.distributed.DistNetworkError("The client socket has failed to connect\nmore")
 
-    monkeypatch.setattr(torch.distributed, "init_process_group", failing)
+    monkeypatch.setattr(torch.distributed, "rendezvous", failing)
     with pytest.raises(PeerError, match=r"\(The client socket has failed to connect\)$") as caught:
         distributed(Resources(distributed=True, dist_backend="gloo")).__enter__()
     assert caught.value.exit_code == 4

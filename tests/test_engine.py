@@ -20,7 +20,6 @@ from models import HEADS, build_head
 from models.backbone import Normalize
 from utils import optim
 from utils.checkpoint import load_checkpoint, load_weights, plain_state
-from utils.data import Loaders
 from utils.distributed import Runtime
 from utils.engine import (
     DivergedError,
@@ -34,6 +33,7 @@ from utils.engine import (
     train_one_epoch,
     write_history,
 )
+from utils.loading import Loaders
 from utils.logging import VerbosityLogger
 from utils.losses import SegmentationLoss
 from utils.metrics import Score, SegmentationMetrics

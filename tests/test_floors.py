@@ -32,7 +32,7 @@ FLOORS = [
         "utils.labels", "utils.data", "utils.checkpoint", "utils.polygons", "utils.products",
         "utils.pace", "utils.resume", "models.segmenter",
     },
-    {"utils.divergence"},
+    {"utils.divergence", "utils.loading"},
     {"utils.prepare", "utils.engine", "utils.inference"},
     {"utils.preflight"},
     {"utils.phases"},

@@ -251,3 +251,11 @@ def test_a_silent_rank_tells_its_end_all_the_same():
     log = logger("info", silent=True)
     log.fail("rank 1: no memory", MemoryError())
     assert said(log) == ["error: rank 1: no memory"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_a_log_file_on_a_full_disk_ends_no_run(capsys):
+    log = VerbosityLogger("info", timestamps=False, file=Path("/dev/full"))
+    log.info("a line")
+    log.close()
+    assert capsys.readouterr().err == "[INFO] a line\n"

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from typing import get_args
@@ -25,9 +24,7 @@ from models.backbone import DinoBackbone, write_random_backbone
 from models.base import SegmentationHead
 from models.segmenter import Segmenter
 from utils import phases
-from utils.data import PrecomputedDataset
 from utils.distributed import Runtime
-from utils.process import one_line
 from utils.raster import open_raster, read_whole
 
 ONLY_TRAIN = ("prepare.enable=false", "verify.enable=false", "inference.enable=false")
@@ -445,7 +442,7 @@ def test_verify_finds_those_features_first_and_with_nothing_left_is_3(copy, caps
     assert "6 tiles lack, those that were bad are deleted; run prepare" in one_error(capsys)
 
 
-def test_a_damaged_tile_in_a_loader_process_is_one_line_and_3(copy, capsys):
+def test_a_damaged_tile_in_a_loading_thread_is_one_line_and_3(copy, capsys):
     for path in (copy.parent / "cache").glob("*.pt"):
         path.write_bytes(path.read_bytes()[:500])
     assert project.run(copy, *ONLY_TRAIN, ANEW, "train.num_workers=1") == 3
@@ -454,12 +451,13 @@ def test_a_damaged_tile_in_a_loader_process_is_one_line_and_3(copy, capsys):
     assert "Traceback" not in text
 
 
-def test_a_killed_loader_process_is_4(copy, capsys, monkeypatch):
-    def killed(self, index):
+def test_a_killed_worker_process_is_4(copy, capsys, monkeypatch):
+    def killed(*_):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(PrecomputedDataset, "__getitem__", killed)
-    assert project.run(copy, *ONLY_TRAIN, ANEW, "train.num_workers=1") == 4
+    monkeypatch.setattr("utils.data.check_tile", killed)
+    keys = ("prepare.enable=false", "train.enable=false", "inference.enable=false")
+    assert project.run(copy, *keys, "verify.workers=2") == 4
     assert "a worker process was killed, mostly for want of memory" in one_error(capsys)
 
 
@@ -592,7 +590,6 @@ def test_a_signal_in_the_middle_of_training_is_75_and_no_traceback(copy, number,
             os.killpg(process.pid, number)  # as a terminal or a scheduler does
     timer.cancel()
     assert process.wait() == 75
-    # a loader process that is cut off in the middle of a message may print its own complaint
     assert not [line for line in lines if 'main.py", line' in line or "KeyboardInterrupt" in line]
     lines = [line for line in lines if line.startswith(("[", "error: "))]
     assert lines[-1] == (
@@ -656,22 +653,6 @@ def test_at_level_error_a_good_run_says_nothing(copy, capsys):
     assert captured.err == captured.out == ""
 
 
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [
-        ("plain", "plain"),
-        (
-            "Caught CacheError in DataLoader worker process 0.\nOriginal Traceback (most recent "
-            "call last):\n  File \"a\", line 1\nutils.cache.CacheError: a.pt: damaged",
-            "a.pt: damaged",
-        ),
-    ],
-)  # fmt: skip
-def test_an_error_is_told_without_its_traceback(text, wanted):
-    assert one_line(ValueError(text)) == wanted
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="POSIX file names")
 def test_an_error_with_line_breaks_in_it_is_one_line(copy, capsys):
     (copy.parent / "scenes" / "north.tif").rename(copy.parent / "scenes" / "no\nrth.tif")
     (copy.parent / "scenes" / "no\nrth.tif").write_bytes(b"II*\0 no TIFF")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from project import manifest_of
 
+from config import Train
 from utils import pace
 from utils.cache import read_manifest
 from utils.distributed import Runtime
@@ -25,19 +26,22 @@ def _in_a_hurry(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("forward", "load", "epochs", "wanted"),
+    ("forward", "load", "epochs", "workers", "wanted"),
     [
-        (0.200, 0.002, 30, "features"),  # a CPU
-        (0.004, 0.002, 30, "features"),
-        (0.004, 0.100, 30, "tiles"),  # a GPU, and features on a slow disk
-        (0.200, 0.002, 1, "tiles"),  # one epoch: what is written is read once
+        (0.200, 0.002, 30, 0, "features"),  # a CPU
+        (0.004, 0.002, 30, 0, "features"),
+        (0.004, 0.100, 30, 4, "tiles"),  # a GPU, and features on a slow disk
+        (0.200, 0.002, 1, 0, "tiles"),  # one epoch: what is written is read once
+        (0.004, 0.006, 30, 0, "tiles"),
+        (0.004, 0.006, 30, 4, "features"),  # loaded beside the training
     ],
 )
-def test_the_quicker_kind_is_picked(forward, load, epochs, wanted):
+def test_the_quicker_kind_is_picked(forward, load, epochs, workers, wanted):
     found = forecasts(
         Pace(forward, FilePace(0.01, load, 9_000_000), FilePace(0.001, 0.001, 1_000_000)),
         tiles=1000,
         epochs=epochs,
+        workers=workers,
     )
     assert quicker(found, free=10**12) == wanted
     assert (found["features"].size, found["tiles"].size) == (9 * 10**9, 10**9)
@@ -73,7 +77,8 @@ def slow_backbone(seconds: float, channels: int = 8):
 def settled(folder, log, backbone=None, run=None, kind="auto", epochs=30):
     made = manifest_of(8, cache=kind)
     backbone = backbone or slow_backbone(0.05)
-    return settle_cache(made, folder, backbone, CPU, 2, 100, epochs, run or Runtime(), log)
+    section = Train(epochs=epochs, num_workers=0)
+    return settle_cache(made, folder, backbone, CPU, 2, 100, section, run or Runtime(), log)
 
 
 def test_what_is_measured_is_near_the_truth_and_leaves_nothing(tmp_path):

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from utils.process import StoppedError
 from utils.streaming import ahead, behind
 
 
@@ -154,3 +155,15 @@ def test_calls_that_wait_are_made_though_the_caller_fails():
 def test_a_last_call_that_fails_is_raised_too():
     with pytest.raises(ZeroDivisionError), behind(depth=5) as hand:
         hand(lambda: 1 / 0)
+
+
+def test_a_failed_call_is_raised_though_a_signal_ends_the_caller():
+    """A full disk must not pass for a run that was merely stopped."""
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space") as caught, behind(depth=2) as hand:
+        hand(full)
+        raise StoppedError
+    assert isinstance(caught.value.__context__, StoppedError)

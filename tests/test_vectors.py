@@ -22,11 +22,11 @@ from rasterio.warp import transform
 from shapely import LineString, MultiPolygon, Point, Polygon, box
 from shapely.geometry import mapping
 
-from utils import burning
+from utils import burning, vectors
 from utils.burning import burn
 from utils.raster import Grid, grid_of, north_up, open_raster, read_whole
 from utils.tiling import Tile
-from utils.vectors import Shapes, VectorError, outline_in, read_shapes, value_key
+from utils.vectors import Shapes, VectorError, named_crs, outline_in, read_shapes, value_key
 
 UTM, DEGREES = CRS.from_epsg(32633), CRS.from_epsg(4326)
 SUFFIXES = ("geojson", "gpkg", "shp", "fgb")
@@ -669,3 +669,22 @@ def test_the_text_ids_of_baker_lake_are_burnt_from_another_crs(real_data, scene,
     found = dict(zip(values.tolist(), pixels.tolist(), strict=True))
     assert set(found) == set(counts)
     assert all(abs(found[value] - count) <= 20 for value, count in counts.items())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["http://localhost:9/crs.prj", "/etc/hostname", "crs.prj", "https://epsg.io/32633.wkt", "",
+     'PROJCS["a"]', "+proj=utm +zone=33", "http://opengis.net.evil/def/crs/EPSG/0/4326"],
+)  # fmt: skip
+def test_a_crs_is_named_by_its_code_and_not_by_an_address(name, monkeypatch):
+    monkeypatch.setattr(vectors, "CRS", None)  # GDAL is not even asked
+    with pytest.raises(ValueError, match="a code such as EPSG:32633 is expected"):
+        named_crs(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["EPSG:32633", "urn:ogc:def:crs:EPSG::32633", "epsg:32633",
+             "http://www.opengis.net/def/crs/EPSG/0/32633"]
+)  # fmt: skip
+def test_the_usual_names_of_a_crs_are_known(name):
+    assert named_crs(name).to_epsg() == 32633

@@ -2,13 +2,11 @@
 
 verify: check every tile's file and delete the bad ones, so that the next prepare makes exactly
 those again. PrecomputedDataset: the cache as tiles to learn from, each with the turn that is drawn
-for it. Collate: batches of them, with image, features and label turned alike; tiles are mapped into
-memory, not read, so that what a batch does not need stays on the disk, and no value moves twice.
+for it. EpochSampler: a rank's share of them, in an epoch's order. `utils.loading` makes batches.
 """
 
 import os
 import random
-import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -20,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset, get_worker_info
+from torch.utils.data import Dataset, Sampler
 
 from config import Augmentations, Splits, Train
 from utils.artefacts import NAME, sweep
@@ -41,13 +39,10 @@ from utils.footprints import footprints, write_sides
 from utils.locks import HOLDER, LOCK
 from utils.logging import VerbosityLogger
 from utils.process import serve_parent
-from utils.sampling import balanced_order
 from utils.splits import Split, audit, split_by_blocks, split_by_lists, split_by_regions
 from utils.turns import Turn
 
 SIDES = "splits.geojson"
-STRIP = 64  # columns: a quarter turn of bytes reads whole columns, which a cache holds in strips
-KEPT = 64  # pieces of batches' memory to hold on to
 
 
 class Sample(NamedTuple):
@@ -230,88 +225,6 @@ class PrecomputedDataset(Dataset[Drawn]):
         return 0, turn, turn
 
 
-class Memory:
-    """Memory for batches, used again when nobody holds the batch that was in it.
-
-    The pages of fresh memory cost more than what is copied into them.
-    """
-
-    def __init__(self) -> None:
-        self.kept: list[tuple[np.ndarray, weakref.ref]] = []  # and what tensors made of it hold
-
-    def take(self, nbytes: int) -> Tensor:
-        """So many bytes; in a worker process shared with the one that trains.
-
-        >>> memory = Memory()
-        >>> first = memory.take(8)
-        >>> memory.take(8).data_ptr() == first.data_ptr()       # `first` is in use, its memory too
-        False
-        """
-        if get_worker_info() is not None:  # as torch's own collation does
-            shared = torch.UntypedStorage._new_shared(nbytes)
-            return torch.empty(0, dtype=torch.uint8).set_(shared, 0, (nbytes,))
-        unused = (pair for pair in self.kept if pair[0].nbytes == nbytes and pair[1]() is None)
-        pair = next(unused, None)
-        memory = np.empty(nbytes, np.uint8) if pair is None else pair[0]
-        lent = memory.view()
-        others = [other for other in self.kept if other is not pair]
-        self.kept = [*others[1 - KEPT :], (memory, weakref.ref(lent))]
-        return torch.from_numpy(lent)
-
-
-class Collate:
-    """Batches of drawn tiles, laid as was drawn: each value is copied once."""
-
-    def __init__(self, ignore_index: int) -> None:
-        self.ignore_index = ignore_index
-        self.memory = Memory()
-
-    def __call__(self, drawn: Sequence[Drawn]) -> Sample:
-        turns = [each.turn for each in drawn]
-        own_turns = [each.features_turn for each in drawn]
-        images, labels = ([each.content[part] for each in drawn] for part in ("image", "label"))
-        levels = zip(*(each.content.get("features", ()) for each in drawn), strict=True)
-        features = [self.batch(level, own_turns, channels_last=True) for level in levels]
-        image, label = self.batch(images, turns), self.batch(labels, turns)
-        for own, each in zip(label, drawn, strict=True):
-            if not each.weighs:
-                own.fill_(self.ignore_index)
-        scales = zip(*(each.content.get("scales", ()) for each in drawn), strict=True)
-        names = [each.name for each in drawn]
-        return Sample(image, features, label, names, [torch.stack(level) for level in scales])
-
-    def batch(
-        self, tensors: Sequence[Tensor], turns: Sequence[Turn], channels_last: bool = False
-    ) -> Tensor:
-        """Tensors of one shape, each turned, in memory of rows or of channels.
-
-        >>> tiles = [torch.tensor([[1, 2], [3, 4]])] * 2
-        >>> Collate(255).batch(tiles, [Turn(), Turn(quarters=1)]).tolist()
-        [[[1, 2], [3, 4]], [[2, 4], [1, 3]]]
-        """
-        like, count = tensors[0], len(tensors)
-        memory = self.memory.take(count * like.nbytes).view(like.dtype)
-        if channels_last:
-            channels, rows, cols = like.shape
-            batch = memory.view(count, rows, cols, channels).permute(0, 3, 1, 2)
-        else:
-            batch = memory.view(count, *like.shape)
-        for target, tensor, turn in zip(array_of(batch), tensors, turns, strict=True):
-            source = turn.view(array_of(tensor))
-            for start in range(0, source.shape[-1], STRIP):
-                target[..., start : start + STRIP] = source[..., start : start + STRIP]
-        return batch
-
-
-def array_of(tensor: Tensor) -> np.ndarray:
-    """A tensor's memory as a NumPy array; bfloat16, which NumPy lacks, as the bits of its values.
-
-    >>> array_of(torch.ones(2, dtype=torch.bfloat16)).dtype
-    dtype('int16')
-    """
-    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
 def uniform_order(length: int, seed: int, epoch: int) -> list[int]:
     """Every tile once, in an order of the epoch's own.
 
@@ -383,39 +296,3 @@ def load_split(
         write_sides(folder / SIDES, places, split.sides(), manifest.tiles)
     audit(split, places, counts, manifest.class_names, log)
     return manifest, split
-
-
-class Loaders(NamedTuple):
-    """Batches to learn from, in the order of `sampler.epoch`, and batches to validate on."""
-
-    train: DataLoader
-    val: DataLoader
-    sampler: EpochSampler
-
-
-def make_loaders(
-    split: Split, manifest: Manifest, section: Train, augmentations: Augmentations, seed: int,
-    run: Runtime,
-) -> Loaders:  # fmt: skip
-    """This rank's loaders: as many training batches as any rank, a share of the validation."""
-    folder = section.processed_dir
-    train = PrecomputedDataset(folder, manifest, split.train, augmentations, seed)
-    val = PrecomputedDataset(folder, manifest, split.val)
-    order = partial(uniform_order, len(train), seed)
-    if section.sampler == "balanced":
-        counts = torch.tensor([manifest.tiles[name] for name in split.train])
-        order = partial(balanced_order, counts, len(train), seed)
-    sampler = EpochSampler(order, len(train), len(train), run.rank, run.world_size)
-    shared = {
-        "batch_size": section.batch_size,
-        "num_workers": section.num_workers,
-        "persistent_workers": section.num_workers > 0,
-        "pin_memory": torch.cuda.is_available(),
-        "worker_init_fn": _start_worker,
-        "collate_fn": Collate(manifest.ignore_index),
-    }
-    return Loaders(
-        DataLoader(train, sampler=sampler, **shared),
-        DataLoader(Subset(val, run.share(range(len(val)))), **shared),
-        sampler,
-    )

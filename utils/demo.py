@@ -73,7 +73,7 @@ train:
   enable: true
   weights_dir: weights
   epochs: 16
-  num_workers: 0                  # small tiles: loading them costs less than processes do
+  num_workers: 0                  # small tiles: loading them takes no time
 inference:
   enable: true
   input_tif: unseen/unseen.tif    # no training tile is from here

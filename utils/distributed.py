@@ -24,6 +24,10 @@ from utils.process import STOP, StoppedError, exit_code_of
 
 Item = TypeVar("Item")
 BEAT, LOOK = 1.0, 0.05  # seconds between two signs of life, and between two looks for them
+# A group that a DDP module lets go of last waits for threads of its own that wait for Python: an
+# error's frames may hold such a module until the run is over, so groups are held for longer.
+GROUPS: list[dist.ProcessGroup] = []
+
 LAUNCH = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # what torchrun sets
 
 
@@ -42,14 +46,13 @@ class LaunchError(DeviceError):
 class PeerError(Exception):
     """Another rank ended or cannot be reached, and this one cannot go on alone.
 
-    exit_code: that of the rank that failed first, where it left word of it.
+    exit_code: that of the rank that failed first; everywhere: whether that one said why, so that
+    the others need not.
     """
 
-    everywhere = True
-
-    def __init__(self, text: str, exit_code: int = 4) -> None:
+    def __init__(self, text: str, exit_code: int = 4, everywhere: bool = False) -> None:
         super().__init__(text)
-        self.exit_code = exit_code
+        self.exit_code, self.everywhere = exit_code, everywhere
 
 
 class Pulse:
@@ -334,14 +337,17 @@ def distributed(resources: Resources) -> Iterator[Runtime]:
     if resources.dist_backend == "nccl":
         Runtime(local_rank=local_rank).device("cuda")
         torch.cuda.set_device(local_rank)
-    pulse = None
+    pulse, patience = None, timedelta(minutes=resources.timeout_minutes)
     try:
-        dist.init_process_group(
-            resources.dist_backend, timeout=timedelta(minutes=resources.timeout_minutes)
+        store, rank, size = next(dist.rendezvous("env://", timeout=patience))
+        pulse = Pulse(
+            dist.PrefixStore("pulse", store), rank, size, resources.timeout_minutes
         )
-        rank, size = dist.get_rank(), dist.get_world_size()
-        store = dist.PrefixStore("dinov3seg", dist.distributed_c10d._get_default_store())
-        pulse = Pulse(store, rank, size, resources.timeout_minutes)
+        pulse.meet()  # where a signal can end the wait for a rank that never comes
+        dist.init_process_group(
+            resources.dist_backend, timeout=patience, store=store, rank=rank, world_size=size
+        )
+        GROUPS.append(dist.group.WORLD)
         yield Runtime(rank, local_rank, size, pulse)
     except Exception as error:
         ending = told(error, pulse, resources.timeout_minutes)
@@ -362,7 +368,8 @@ def told(error: Exception, pulse: Pulse | None, minutes: float) -> Exception:
         return error
     if pulse is not None and (word := pulse.word()) is not None:
         rank, code = word
-        return PeerError(f"rank {rank} failed with exit code {code}; its own line says why", code)
+        reason = f"rank {rank} failed with exit code {code}; its own line says why"
+        return PeerError(reason, code, everywhere=True)
     if stopped or STOP.asked:
         return StoppedError()
     if isinstance(error, PeerError):
@@ -370,7 +377,7 @@ def told(error: Exception, pulse: Pulse | None, minutes: float) -> Exception:
     reason = str(error).partition("\n")[0]
     if "Timed out" in reason:
         return PeerError(silence(minutes))
-    return PeerError(f"lost the other ranks, whose own lines may say why ({reason})")
+    return PeerError(f"lost another rank ({reason}); run it again to go on")
 
 
 def lost(error: Exception) -> bool:

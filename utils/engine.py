@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader
 
 from config import Train
 from utils.artefacts import write_artefact
 from utils.cache import Manifest
 from utils.checkpoint import Checkpoint, plain_state, save_checkpoint
-from utils.data import Loaders, Sample
+from utils.data import Sample
 from utils.distributed import Runtime, autocast, warn_of_compiling
 from utils.divergence import DivergedError, diagnosis, require_sound
+from utils.loading import Loader, Loaders
 from utils.logging import VerbosityLogger
 from utils.losses import SegmentationLoss, balanced_weights
 from utils.metrics import Score, SegmentationMetrics, best_class
@@ -257,7 +257,7 @@ def train_one_epoch(
 
 
 @torch.inference_mode()
-def evaluate(step: Step, batches: DataLoader, num_classes: int, ignore_index: int) -> Score:
+def evaluate(step: Step, batches: Loader, num_classes: int, ignore_index: int) -> Score:
     """Loss, IoU and Dice over all ranks' validation tiles: exact sums, the same on every rank.
 
     Asked to end, all ranks do after the same batch.

@@ -49,6 +49,7 @@ from utils.raster import (
     overlap,
     pad,
     stat_of,
+    told_by,
     warp_outline,
 )
 from utils.scenes import files_of
@@ -210,7 +211,7 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except RasterioError as error:
-        cause = error.__cause__ or error
+        cause = told_by(error)
         raise RasterError(f"{path}: cannot read its pixels ({cause})") from error
 
 

@@ -4,6 +4,7 @@ Messages go to standard error, so that standard output stays free for what a com
 (`--print-config`, the demo's report). With `logging.file` every line is written there as well.
 """
 
+import contextlib
 import logging
 import os
 import sys
@@ -74,6 +75,18 @@ class _BesideBars(logging.StreamHandler):
         self.flush()
 
 
+class _ToFile(logging.FileHandler):
+    """Writes lines to a file; one that takes no more, as on a full disk, ends no run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  logging's own name
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 class VerbosityLogger:
     """Levelled messages on a stream, teed to a file: `[LEVEL] message`.
 
@@ -105,7 +118,7 @@ class VerbosityLogger:
         self._add(_BesideBars(self.stream), line)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-            self._file = logging.FileHandler(file, encoding="utf-8")
+            self._file = _ToFile(file, encoding="utf-8")
             self._add(self._file, line)
 
     def _add(self, handler: logging.Handler, line: logging.Formatter) -> None:

@@ -1,7 +1,8 @@
 """Which kind of cache is the quicker one here: measured for about two seconds, then predicted.
 
 Features cost one forward of the backbone and are loaded in every epoch; tiles are much smaller, but
-cost a forward each time they are met. What the head takes is the same for both and left out.
+cost a forward each time they are met. Files are loaded beside the training where there are
+`train.num_workers`. What the head takes is the same for both and left out.
 """
 
 import os
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from config import Train
 from utils.artefacts import temporary_of
 from utils.cache import Manifest, load_tile, tile_path, write_tile
 from utils.distributed import Runtime
@@ -47,20 +49,31 @@ class Forecast(NamedTuple):
     size: int
 
 
-def forecasts(pace: Pace, tiles: int, epochs: int) -> dict[str, Forecast]:
-    """Both kinds of cache, for so many tiles and epochs.
+def forecasts(pace: Pace, tiles: int, epochs: int, workers: int = 0) -> dict[str, Forecast]:
+    """Both kinds of cache, for so many tiles, epochs and loaders beside the training.
 
     >>> pace = Pace(1.0, FilePace(0.5, 0.25, 9), FilePace(0.125, 0.125, 1))
     >>> {kind: each.seconds for kind, each in forecasts(pace, tiles=2, epochs=4).items()}
     {'features': 5.0, 'tiles': 9.25}
+    >>> forecasts(pace, tiles=2, epochs=4, workers=2)["tiles"].seconds
+    8.25
     """
     forward, features, bare = pace
-    once = forward + features.write + epochs * features.load
-    each_time = bare.write + epochs * (bare.load + forward)
+    once = forward + features.write + epochs * step_of(features.load, 0.0, workers)
+    each_time = bare.write + epochs * step_of(bare.load, forward, workers)
     return {
         "features": Forecast(tiles * once, tiles * features.size),
         "tiles": Forecast(tiles * each_time, tiles * bare.size),
     }
+
+
+def step_of(load: float, forward: float, workers: int) -> float:
+    """Seconds of a tile in training: loaded in turn with its forward, or beside it by workers.
+
+    >>> step_of(4.0, 3.0, workers=0), step_of(4.0, 3.0, workers=1), step_of(4.0, 3.0, workers=4)
+    (7.0, 4.0, 3.0)
+    """
+    return max(load / workers, forward) if workers else load + forward
 
 
 def quicker(found: dict[str, Forecast], free: int) -> str:
@@ -76,14 +89,16 @@ def quicker(found: dict[str, Forecast], free: int) -> str:
 
 def settle_cache(
     manifest: Manifest, folder: Path, backbone: torch.nn.Module, device: torch.device,
-    batch_size: int, tiles: int, epochs: int, run: Runtime, log: VerbosityLogger,
+    batch_size: int, tiles: int, section: Train, run: Runtime, log: VerbosityLogger,
 ) -> Manifest:  # fmt: skip
     """The manifest with a kind of cache in the place of `auto`: the first rank measures."""
     kind = manifest.cache
     if run.is_main and kind == "auto":
         folder.mkdir(parents=True, exist_ok=True)
         pace = measure(manifest, folder, backbone.to(device), device, batch_size, tiles)
-        found, free = forecasts(pace, tiles, epochs), shutil.disk_usage(folder).free
+        epochs = section.epochs
+        found = forecasts(pace, tiles, epochs, section.num_workers)
+        free = shutil.disk_usage(folder).free
         kind = quicker(found, free)
         for line in lines_of(pace, found, free, tiles, epochs):
             log.info(f"prepare: {line}")

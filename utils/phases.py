@@ -23,11 +23,12 @@ from utils.checkpoint import (
     require_cache,
     require_fit,
 )
-from utils.data import load_split, make_loaders
+from utils.data import load_split
 from utils.data import verify as check_tiles
 from utils.distributed import Runtime, compiled, device_reason
 from utils.engine import Encode, best_path, fit, keep_best
 from utils.inference import predict_scenes, trained_as, written
+from utils.loading import make_loaders
 from utils.logging import VerbosityLogger
 from utils.pace import settle_cache
 from utils.prepare import begun_in, count_tiles, describe_cache, encode_on, find_sources
@@ -72,7 +73,7 @@ def prepare(config: Config, run: Runtime, log: VerbosityLogger) -> None:
     if config.dataset.cache == "auto":
         manifest = settle_cache(
             manifest, section.processed_dir, backbone, device, section.batch_size,
-            count_tiles(sources, section.tile_size), config.train.epochs, run, log,
+            count_tiles(sources, section.tile_size), config.train, run, log,
         )  # fmt: skip
     encode = encode_on(device, manifest, compiled(backbone, config.resources.compile, device, log))
     cache_tiles(section, sources, manifest, encode, config.resources.seed, run, log)

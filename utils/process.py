@@ -268,18 +268,15 @@ def out_of_memory(error: Exception) -> str:
         return "out of GPU memory"
     if kind == "MemoryError" or "DefaultCPUAllocator" in text:
         return "out of memory"
-    if kind == "BrokenProcessPool" or text.startswith("DataLoader worker (pid"):
+    if kind == "BrokenProcessPool":
         return "a worker process was killed, mostly for want of memory"
     return ""
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, without the traceback that a loader process wraps it in.
+    """What an error says, in one line.
 
     >>> one_line(PermissionError(13, "Permission denied", "tiles"))
     "[Errno 13] Permission denied: 'tiles'"
     """
-    text = out_of_memory(error) or str(error).strip()
-    if "Original Traceback" in text:
-        text = text.splitlines()[-1].partition("Error: ")[2]
-    return spelt_out(text)
+    return spelt_out(out_of_memory(error) or str(error).strip())

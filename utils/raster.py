@@ -147,7 +147,8 @@ def open_raster(path: Path, drivers: Sequence[str] = ()) -> Iterator[DatasetRead
             _check_claims(path, dataset)
             yield dataset
         except CPLE_BaseError as error:  # asked for a CRS, a mask or a colour that makes no sense
-            raise RasterError(f"{path}: not a raster that can be used ({error})") from error
+            said = told_by(error)
+            raise RasterError(f"{path}: not a raster that can be used ({said})") from error
 
 
 def _opened(path: Path, drivers: Sequence[str]) -> DatasetReader:
@@ -162,7 +163,8 @@ def _opened(path: Path, drivers: Sequence[str]) -> DatasetReader:
             errors.append(error)
     if said := false_ending(path):
         raise RefusedError(f"{path}: {said}") from errors[0]
-    raise RasterError(f"{path}: not a raster that GDAL can open ({errors[0]})") from errors[0]
+    said = told_by(errors[0])
+    raise RasterError(f"{path}: not a raster that GDAL can open ({said})") from errors[0]
 
 
 def _admit(path: Path, drivers: Sequence[str]) -> None:
@@ -240,6 +242,15 @@ def bytes_of(kind: str) -> int:
     (2, 16)
     """
     return np.dtype(kind).itemsize if kind in np.sctypeDict else 16
+
+
+def told_by(error: BaseException) -> str:
+    """What GDAL objected to, in one line; it ends some of its messages with a line break.
+
+    >>> told_by(RasterioIOError("Illegal band\\n"))
+    'Illegal band'
+    """
+    return " ".join(str(error.__cause__ or error).split())
 
 
 def grid_of(dataset: DatasetReader) -> Grid:
@@ -354,7 +365,7 @@ class Scene:
             if self._masked:
                 valid = self._dataset.dataset_mask(out_shape=shape) > 0
         except RasterioError as error:
-            cause = error.__cause__ or error
+            cause = told_by(error)
             raise RasterError(f"{self.path}: cannot read its pixels ({cause})") from error
         return values[:, valid & has_data(values, self.reading.nodata)].astype(np.float64)
 
@@ -370,7 +381,7 @@ class Scene:
                 return Pixels(blank, np.zeros(blank.shape[1:], bool))
             values = self._dataset.read(self.reading.bands, window=window)
         except RasterioError as error:
-            cause = error.__cause__ or error
+            cause = told_by(error)
             raise RasterError(f"{self.path}: cannot read tile {tile.name} ({cause})") from error
         valid &= has_data(values, self.reading.nodata)
         image = scaled(values, self.reading.ranges)
@@ -579,8 +590,8 @@ def read_tags(path: Path) -> dict[str, str]:
 
 
 def rows_on(path: Path, grid: Grid, rows: int = BLOCK) -> Iterator[np.ndarray]:
-    """All of a raster (bands, n, width) on another grid, nearest neighbour, from the top."""
-    with open_raster(path) as dataset, WarpedVRT(
+    """All of a map of ours (bands, n, width) on another grid, nearest neighbour, from the top."""
+    with open_raster(path, MAP) as dataset, WarpedVRT(
         dataset, crs=grid.crs, transform=grid.transform, height=grid.height, width=grid.width,
         resampling=Resampling.nearest, tolerance=1e-6,
     ) as view:  # fmt: skip

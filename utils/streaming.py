@@ -21,12 +21,13 @@ def ahead(
     readers: Sequence[AbstractContextManager[Callable[[Item], Result]]],
     items: Iterable[Item],
     depth: int,
+    in_turn: int = RUN,
 ) -> Iterator[Iterator[Result]]:
     """What readers make of items, in order, from a thread for each of the readers.
 
     A reader is entered, called and left in its own thread, as rasterio's handles want it; each
-    takes RUN items in turn, since neighbours share blocks that a handle decodes once. `depth`:
-    results that are held or under way.
+    takes `in_turn` items after each other, since neighbours share blocks that a handle decodes
+    once. `depth`: results that are held or under way.
 
     >>> from contextlib import nullcontext
     >>> squares = [nullcontext(lambda number: number**2)] * 2
@@ -37,7 +38,7 @@ def ahead(
     pending: deque[Future[Result]] = deque()
 
     def results() -> Iterator[Result]:
-        turns = chain.from_iterable([thread] * RUN for thread in cycle(threads))
+        turns = chain.from_iterable([thread] * in_turn for thread in cycle(threads))
         for item, submit in zip(items, turns, strict=False):
             pending.append(submit(item))
             if len(pending) >= depth:
@@ -73,7 +74,8 @@ def behind(depth: int) -> Iterator[Callable[..., None]]:
     """A function that has another one called in a thread, in order, and returns at once.
 
     It waits only where `depth` calls are pending. The block ends when all are done, also where an
-    error leaves it; after a call has failed those that have not begun are dropped.
+    error leaves it; after a call has failed those that have not begun are dropped. A call's failure
+    is raised even where another error leaves the block, which it came before.
 
     >>> written = []
     >>> with behind(depth=2) as hand:
@@ -101,5 +103,10 @@ def behind(depth: int) -> Iterator[Callable[..., None]]:
         yield hand
         while pending:
             settle()
-    finally:
+    except BaseException:
         pool.shutdown(cancel_futures=failed)
+        while pending and not failed:
+            settle()
+        raise
+    finally:
+        pool.shutdown()

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import rasterio.shutil
+import torch
 
 LONGEST = 120.0  # seconds: what takes longer hangs
 
@@ -29,7 +30,7 @@ class Child:
         Path(name).unlink()
         sys.stdout.flush()
         sys.stderr.flush()
-        self.started = time.monotonic()
+        self.started, self._code = time.monotonic(), None
         self.pid = os.fork()
         if self.pid == 0:
             _live(call, self._output)
@@ -47,14 +48,21 @@ class Child:
         """Send it a signal."""
         os.kill(self.pid, number)
 
-    def wait(self, seconds: float = LONGEST) -> int:
-        """Its exit code, or minus the signal that ended it; one that hangs fails the test."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
+    @property
+    def code(self) -> int | None:
+        """Its exit code, or minus the signal that ended it; None while it runs."""
+        if self._code is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                return os.waitstatus_to_exitcode(status)
+            self._code = os.waitstatus_to_exitcode(status) if pid else None
+        return self._code
+
+    def wait(self, seconds: float = LONGEST) -> int:
+        """Its code when it has ended; one that hangs fails the test."""
+        deadline = time.monotonic() + seconds
+        while self.code is None and time.monotonic() < deadline:
             time.sleep(0.002)
+        if self.code is not None:
+            return self.code
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
@@ -68,8 +76,10 @@ def _live(call: Callable[[], int], output: int) -> None:
         os.setsid()
         for number in (1, 2):
             os.dup2(output, number)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
         sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
+        torch.set_num_threads(1)  # makes torch's pool anew, which two threads must not do at once
         rasterio.shutil.copy = partial(_copy_alone, rasterio.shutil.copy)
         code = call()
     except BaseException:  # noqa: BLE001 - the child of a test ends here, whatever came

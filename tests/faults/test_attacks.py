@@ -18,7 +18,7 @@ from pathlib import Path
 import project
 import pytest
 import torch
-from forked import Child
+from forked import Child, forked
 from size import figure
 
 MEBIBYTE = 2**20
@@ -41,10 +41,14 @@ class Payload:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A small project that ran once: cache, checkpoint, state and map are there."""
+    """A small project that ran once, in a child: cache, checkpoint, state and map are there.
+
+    Maps are no COGs: GDAL makes those with threads, which a child misses if its parent had some.
+    """
     folder = tmp_path_factory.mktemp("trained")
-    config = project.write_project(folder, height=100, width=130, train={"epochs": 1})
-    assert project.run(config, "logging.level=error") == 0
+    changes = {"train": {"epochs": 1}, "inference": {"format": "gtiff"}}
+    config = project.write_project(folder, height=100, width=130, **changes)
+    assert forked(lambda: project.run(config, "logging.level=error")) == 0
     return folder
 
 
@@ -153,7 +157,7 @@ def as_a_source(write: Callable[[Path], object]) -> Attack:
         path.parent.mkdir()
         write(path)
         return [*only("prepare"), f"paths.raw_images_dir={path.parent}",
-                "paths.processed_dir=anew"]  # fmt: skip
+                f"paths.processed_dir={folder / 'anew'}"]  # fmt: skip
 
     return attack
 

@@ -5,11 +5,10 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import project
 import pytest
-import torch
+from bits import content_of
 from forked import Child, forked, left_of
 from size import figure, sized
 
@@ -23,7 +22,7 @@ KEYS = {
     "train": {"batch_size": 2, "epochs": 2, "checkpoint_minutes": 1e-9, "ema_decay": 0.9},
     "inference": {"batch_size": 2, "tta": {"horizontal_flip": True}, "confidence": "sure.tif"},
 }
-END = {"verify": 3}  # the exit code of a phase that finds bad tiles and may not make them again
+DONE = {"verify": (0, 3)}  # alone it ends with 3 where it deleted tiles, for prepare to make them
 OWN = {"run.log", "status.json", ".lock", ".lock.json"}  # of each run: times, the process's number
 
 
@@ -46,25 +45,6 @@ class Stage:
         """Every file of the project but what is each run's own."""
         paths = (path for path in self.work.rglob("*") if path.is_file() and path.name not in OWN)
         return {str(path.relative_to(self.work)): content_of(path) for path in paths}
-
-
-def content_of(path: Path) -> bytes:
-    """A file's bytes; of weights and states all that they hold, for pickle writes it in two ways.
-
-    Equal strings that are one object are written once, those that a file gave back each by itself.
-    """
-    return told(torch.load(path)).encode() if path.suffix == ".pth" else path.read_bytes()
-
-
-def told(value: Any) -> str:
-    """Nested values in words, down to the last bit of each tensor."""
-    if isinstance(value, dict):
-        return str([(told(key), told(each)) for key, each in value.items()])
-    if isinstance(value, list | tuple):
-        return str([told(each) for each in value])
-    if isinstance(value, torch.Tensor):
-        return f"{value.dtype} {tuple(value.shape)} {value.numpy().tobytes().hex()}"
-    return repr(value)
 
 
 def only(phase: str) -> list[str]:
@@ -92,7 +72,7 @@ def seconds_of(child: Child, phase: str) -> float:
     while f"{phase}: started" not in child.said:
         time.sleep(0.001)
     start = time.monotonic()
-    assert child.wait() == END.get(phase, 0), child.said
+    assert child.wait() in DONE.get(phase, (0,)), child.said
     return time.monotonic() - start
 
 
@@ -104,12 +84,13 @@ def killed_inside(stage: Stage, after: float) -> bool:
     time.sleep(after)
     child.kill()
     code = child.wait()
-    assert code in (END.get(stage.phase, 0), -9), child.said
+    assert code in (-9, *DONE.get(stage.phase, (0,))), child.said
     deadline = time.monotonic() + 10
     while left_of(child.pid) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert left_of(child.pid) == []
-    return code == -9 and f"{stage.phase}: f" not in child.said  # finished or failed
+    ended = (f"{stage.phase}: finished", f"{stage.phase}: failed")
+    return code == -9 and not any(each in child.said for each in ended)
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -123,10 +104,10 @@ def test_a_killed_phase_run_again_leaves_what_an_unbroken_one_leaves(stage, phas
     dice, inside = random.Random(f"kill -9 in {phase}"), 0
     for _ in range(count):
         stage.renew()
-        inside += killed_inside(stage, dice.uniform(0, whole))
-        assert forked(stage.run) == END.get(phase, 0)
+        inside += killed_inside(stage, dice.uniform(0, 0.8 * whole))
+        assert forked(stage.run) in DONE.get(phase, (0,))
         assert stage.products() == wanted
         assert not [path for path in stage.work.rglob(".*") if NAME.match(path.name)]
         assert not list(stage.work.rglob(".lock.json"))
-    assert inside > count / 4
+    assert inside >= sized(1, count // 2)
     figure(f"kill -9 in {phase}", f"{count}, {inside} of them inside the phase: all equal")

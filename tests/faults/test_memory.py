@@ -1,0 +1,71 @@
+"""A scene of any height is mapped in the same memory: peaks of processes of their own."""
+
+import subprocess
+
+import project
+from size import figure, sized
+
+MAP = """
+import resource, sys
+from pathlib import Path
+from config import Config, Inference
+from utils.process import set_environment
+
+scene, output = Path(sys.argv[1]), Path(sys.argv[2])
+section = Inference(enable=True, input_tif=scene, output_tif=output)
+off = {"enable": False}
+config = Config(inference=section.model_dump(), prepare=off, verify=off, train=off)
+set_environment(config)
+import torch
+from utils.block_cache import make_room
+from utils.inference import Trained, predict_scene
+from utils.logging import VerbosityLogger
+from utils.maps import default_legend
+from utils.raster import Reading
+from utils.scenes import SceneFile
+
+make_room(config)
+share = torch.tensor([0.25, 0.75]).view(1, 2, 1, 1)
+network = lambda pixels: share.expand(len(pixels), 2, *pixels.shape[-2:])
+reading = Reading(bands=(1, 2, 3), ranges=((0.0, 255.0),) * 3)
+trained = Trained(default_legend(2), reading, None, {"made": "by a test"})
+log = VerbosityLogger("error", silent=True)
+predict_scene(section, SceneFile("scene", scene), False, network, trained, torch.device("cpu"), log)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+SPARSE = """
+import sys
+import rasterio
+from rasterio.transform import from_origin
+path, height, width = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+keys = dict(driver="GTiff", count=3, dtype="uint8", crs="EPSG:32633", sparse_ok=True, tiled=True,
+            blockxsize=512, blockysize=512, transform=from_origin(412000, 5326000, 0.5, 0.5))
+with rasterio.open(path, "w", height=height, width=width, **keys):
+    pass
+"""
+LIMIT = 1536  # MB
+
+
+def peak(folder, height: int, width: int) -> int:
+    """MB that mapping a scene of a size takes at most, in a process of its own."""
+    scene, output = folder / f"scene{height}.tif", folder / f"map{height}.tif"
+    for script, arguments in ((SPARSE, (scene, height, width)), (MAP, (scene, output))):
+        command = [project.PYTHON, "-c", script, *map(str, arguments)]
+        told = subprocess.run(
+            command, env=project.surroundings(), capture_output=True, text=True, check=False
+        )
+        assert told.returncode == 0, told.stderr
+    assert output.stat().st_size > 1000
+    output.unlink()
+    return int(told.stdout)
+
+
+def test_memory_does_not_grow_with_the_height(tmp_path):
+    side = sized(4000, 30000)
+    first, second = peak(tmp_path, side, side), peak(tmp_path, 2 * side, side)
+    assert first <= LIMIT
+    assert second < 1.05 * first
+    figure(
+        f"memory: mapping {side} × {side}",
+        f"{first} MB at most; twice the height: {(second - first) / first:+.1%}",
+    )
