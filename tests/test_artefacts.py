@@ -10,7 +10,18 @@ import time
 import project
 import pytest
 
-from utils.artefacts import NAME, replacing, sweep, temporary_of, this_host, write_artefact
+from utils.artefacts import (
+    NAME,
+    PASSING,
+    WAITS,
+    patiently,
+    read_whole,
+    replacing,
+    sweep,
+    temporary_of,
+    this_host,
+    write_artefact,
+)
 
 
 def names(folder):
@@ -143,3 +154,68 @@ def test_another_machines_file_is_swept_when_it_is_a_day_old(tmp_path, monkeypat
     os.utime(path, (before, before))
     assert sweep(tmp_path) == 1
     assert sweep(tmp_path / "no-such-folder") == 0
+
+
+# Reads that fail
+
+
+def failing(error, times):
+    """A read that fails a number of times; how often it was tried is its length."""
+    tries = []
+
+    def read():
+        tries.append(1)
+        if len(tries) <= times:
+            raise error
+        return b"whole"
+
+    return read, tries
+
+
+@pytest.mark.parametrize("code", [*sorted(PASSING), None])
+def test_what_may_pass_is_tried_again_a_few_times_and_then_told(tmp_path, monkeypatch, code):
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    error = MemoryError() if code is None else OSError(code, os.strerror(code))
+    read, tries = failing(error, len(WAITS))
+    assert patiently(read, tmp_path / "tile.pt") == b"whole"
+    assert waited == list(WAITS) == sorted(WAITS)
+    read, tries = failing(error, 99)
+    with pytest.raises(OSError, match="tile.pt") as caught:
+        patiently(read, tmp_path / "tile.pt")
+    assert caught.value.errno == (code or errno.ENOMEM)
+    assert len(tries) == len(WAITS) + 1
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "none"), IsADirectoryError(21, "folder")])
+def test_what_will_not_pass_is_told_at_once(tmp_path, error):
+    read, tries = failing(error, 99)
+    with pytest.raises(type(error)):
+        patiently(read, tmp_path / "tile.pt")
+    assert len(tries) == 1
+
+
+def test_a_file_that_is_too_large_or_none_is_not_read(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"four")
+    assert read_whole(path, 4) == b"four"
+    with pytest.raises(ValueError, match="4 bytes, expected at most 3"):
+        read_whole(path, 3)
+    with pytest.raises(ValueError, match="not a plain file"):
+        read_whole(tmp_path, 99)
+
+
+def test_what_a_disk_objected_to_is_told_of_the_files_own_name(tmp_path):
+    """torch.save makes an error of its own of it."""
+    path = tmp_path / "tile.pt"
+
+    def write(file):
+        file.raw.trouble = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise RuntimeError("unexpected pos 960 vs 854")
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_artefact(path, write)
+    assert caught.value.filename == str(path)
+    with pytest.raises(RuntimeError, match="a bug"):
+        write_artefact(path, lambda _: (_ for _ in ()).throw(RuntimeError("a bug")))
+    assert names(tmp_path) == []

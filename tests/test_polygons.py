@@ -459,8 +459,9 @@ def test_what_the_driver_cannot_write_is_one_line(tmp_path, monkeypatch):
         raise pyogrio.errors.DataSourceError("disk full")
 
     monkeypatch.setattr(pyogrio.raw, "write", refuse)
-    with pytest.raises(PolygonError, match=r"map.gpkg: cannot be written \(disk full\)"):
+    with pytest.raises(PolygonError, match=r"map.gpkg: not written; disk full\?") as caught:
         write_polygons(path, tmp_path / "map.gpkg", CLASSES)
+    assert caught.value.exit_code == 4
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -14,7 +14,7 @@ from models import HEADS
 from utils.checkpoint import load_checkpoint
 from utils.engine import Step
 from utils.process import STOP
-from utils.resume import Progress, Resume, before, last_path, load
+from utils.resume import Progress, Resume, before, content_of, last_path, load
 
 ONLY_TRAIN = ("prepare.enable=false", "verify.enable=false", "inference.enable=false")
 SHAPE = {"batch_size": 2, "epochs": 2, "checkpoint_minutes": 1000.0}
@@ -216,3 +216,18 @@ def test_a_run_killed_at_a_step_or_while_it_writes_comes_to_the_same_end(config,
     assert project.run(config, *ONLY_TRAIN, "train.weights_dir=copy/whole") == 0
     assert results(config.parent / "weights") == results(config.parent / "whole")
     assert not list((config.parent / "weights").glob(".*.tmp"))
+
+
+def test_what_was_trained_on_other_labels_or_pixels_is_not_gone_on_with():
+    """A copied project, whose files have other times, goes on."""
+    scene = {"bytes": 9, "modified": 1, "labels": {"0 l.tif": {"bytes": 5, "modified": 1}}}
+    made = project.manifest_of(scenes={"north": scene}, tiles={"north__r000000_c000000": [1, 2]})
+    copied = scene | {"modified": 2, "labels": {"0 l.tif": {"bytes": 5, "modified": 3}}}
+    assert content_of(replace(made, scenes={"north": copied})) == content_of(made)
+    others = [
+        replace(made, scenes={"north": scene | {"bytes": 8}}),
+        replace(made, scenes={"north": scene | {"labels": {"0 l.tif": {"bytes": 6}}}}),
+        replace(made, tiles={"north__r000000_c000000": [2, 1]}),
+        replace(made, ranges=[[0.0, 99.0]] * 3),
+    ]
+    assert len({content_of(each) for each in [made, *others]}) == 5

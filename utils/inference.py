@@ -21,7 +21,7 @@ from utils.ground import PolygonError
 from utils.journal import Journal, journal_folder
 from utils.logging import VerbosityLogger
 from utils.maps import Legend, MapError, MapWriter, UnwrittenError
-from utils.polygons import write_polygons
+from utils.polygons import UnwrittenPolygonsError, write_polygons
 from utils.process import STOP
 from utils.products import (
     InferenceError,
@@ -180,7 +180,7 @@ def predict_scenes(
             predict_scene(section, scene, several, network, trained, device, log)
             log.info(f"inference: map in {output}")
         except (RasterError, MapError, PolygonError) as error:
-            if len(scenes) == 1 or isinstance(error, UnwrittenError):
+            if len(scenes) == 1 or isinstance(error, UnwrittenError | UnwrittenPolygonsError):
                 raise
             log.error(f"inference: {error}")
             failures.append(scene.name)

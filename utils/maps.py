@@ -201,7 +201,8 @@ def _naming(path: Path) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             yield
-    except (OSError, RasterError, RasterioError, CPLE_BaseError) as error:
+    except (OSError, RasterError, RasterioError, CPLE_BaseError, SystemError) as error:
+        # SystemError: where GDAL fails without a word of why
         reason = error.__cause__ or error
         raise UnwrittenError(f"{path}: not written; disk full? ({reason})") from error
 

@@ -32,6 +32,12 @@ OGR_ERRORS = DataLayerError, DataSourceError, FeatureError, GeometryError
 SQLITE = ("-wal", "-shm", "-journal")  # what may lie beside a GeoPackage
 
 
+class UnwrittenPolygonsError(PolygonError):
+    """The disk, or OGR over it, did not take a map's polygons."""
+
+    exit_code = 4
+
+
 class Corners(NamedTuple):
     """Where a region's border turns or passes a corner of others, and how it comes and goes."""
 
@@ -186,7 +192,7 @@ def write_polygons(
         except PolygonError as error:
             raise PolygonError(f"{map_path}: {error}") from error.__cause__
         except OGR_ERRORS as error:
-            raise PolygonError(f"{output}: cannot be written ({error})") from error
+            raise UnwrittenPolygonsError(f"{output}: not written; disk full? ({error})") from error
 
 
 def _check(dataset: DatasetReader) -> None:
