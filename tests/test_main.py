@@ -201,8 +201,10 @@ def test_a_broken_tile_is_found_and_made_again_in_one_run(copy, capsys):
 def test_without_prepare_a_hole_in_the_cache_ends_the_run(copy, capsys):
     path, whole = broken_tile(copy)
     assert project.run(copy, "prepare.enable=false") == 3
-    assert "1 bad tiles were deleted; run prepare again" in one_error(capsys)
+    assert "1 tiles lack, those that were bad are deleted; run prepare" in one_error(capsys)
     assert not path.exists()
+    assert project.run(copy, "prepare.enable=false") == 3
+    assert "1 tiles lack" in one_error(capsys)
     assert project.run(copy, *ONLY_TRAIN) == 3
     assert f"1 of 6 tiles are missing, {path.stem} first; run prepare" in one_error(capsys)
     assert project.run(copy) == 0
@@ -437,7 +439,7 @@ def test_verify_finds_those_features_first_and_with_nothing_left_is_3(copy, caps
         tile["features"][1][0, 0, 0] = float("inf")
         torch.save(tile, path)
     assert project.run(copy, "prepare.enable=false") == 3
-    assert "6 bad tiles were deleted; run prepare again" in one_error(capsys)
+    assert "6 tiles lack, those that were bad are deleted; run prepare" in one_error(capsys)
 
 
 def test_a_damaged_tile_in_a_loading_thread_is_one_line_and_3(copy, capsys):

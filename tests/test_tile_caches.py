@@ -172,7 +172,7 @@ def test_verify_knows_both_kinds(tmp_path, capsys):
     assert project.run(config, *only_verify) == 3
     count, said = len(names), capsys.readouterr().err
     assert f"{count} tiles checked, 1 deleted" in said
-    assert "1 bad tiles were deleted; run prepare again" in said
+    assert "1 tiles lack, those that were bad are deleted; run prepare again" in said
     rest = ("train.enable=false", *OFF)
     assert project.run(config, "dataset.cache=tiles", *rest) == 0
     assert f"1 tiles made, {count - 1} reused" in capsys.readouterr().err

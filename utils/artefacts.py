@@ -191,6 +191,8 @@ def check_members(archive: zipfile.ZipFile, size: int) -> None:
     members = archive.infolist()
     if any(each.compress_type != zipfile.ZIP_STORED or each.flag_bits & 1 for each in members):
         raise ValueError("holds compressed or encrypted members")
+    if any(each.external_attr & FOLDER for each in members):
+        raise ValueError("a member is marked as a folder, of which torch reads no bytes")
     if sum(max(each.file_size, each.compress_size) for each in members) > size:
         raise ValueError("its members claim more bytes than the file has")
     if any(each.external_attr & FOLDER for each in members):

@@ -78,7 +78,7 @@ def verify(
     folder: Path, workers: int, run: Runtime, log: VerbosityLogger,
     only: Collection[str] | None = None,
 ) -> list[str]:  # fmt: skip
-    """Check every cached tile, or some; delete the bad ones and return their names.
+    """Check every cached tile, or some; delete the bad ones, return the names of all that lack.
 
     Only a tile's content condemns it. Trouble of the reader (permissions, memory, a failing disk)
     ends the phase and deletes nothing more. Files that are no tiles of this cache are kept.
@@ -101,9 +101,10 @@ def verify(
                 log.warning(f"verify: deleted {fault}")
     run.wait()
     parts = run.gather((len(paths), bad))
-    deleted = sorted(name for _, part in parts for name in part)
+    deleted = {name for _, part in parts for name in part}
     log.info(f"verify: {sum(count for count, _ in parts)} tiles checked, {len(deleted)} deleted")
-    return deleted
+    missing = set(manifest.tiles if only is None else only) - set(found)
+    return sorted(deleted | missing)
 
 
 def some_of(names: Sequence[str], most: int = 3) -> str:

@@ -82,15 +82,15 @@ def prepare(config: Config, run: Runtime, log: VerbosityLogger) -> None:
 def verify(config: Config, run: Runtime, log: VerbosityLogger) -> None:
     """Check every cached tile, delete the bad ones, and have prepare make exactly those again."""
     folder, workers, making = config.verify.processed_dir, config.verify.workers, config.prepare
-    if not (deleted := check_tiles(folder, workers, run, log)):
+    if not (lacking := check_tiles(folder, workers, run, log)):
         return
     if not making.enable or making.processed_dir != folder:
         raise CacheError(
-            f"{folder}: {len(deleted)} bad tiles were deleted; run prepare again "
-            "(prepare.enable: true), it makes exactly those"
+            f"{folder}: {len(lacking)} tiles lack, those that were bad are deleted; run prepare "
+            "again (prepare.enable: true), it makes exactly those"
         )
     prepare(config, run, log)
-    if again := check_tiles(folder, workers, run, log, deleted):
+    if again := check_tiles(folder, workers, run, log, lacking):
         raise CacheError(
             f"{folder}: {len(again)} tiles are bad though they were just made, {again[0]} first; "
             "look at the scenes, the backbone's weights and the disk"
