@@ -4,6 +4,7 @@ Messages go to standard error, so that standard output stays free for what a com
 (`--print-config`, the demo's report). With `logging.file` every line is written there as well.
 """
 
+import contextlib
 import logging
 import os
 import sys
@@ -74,6 +75,13 @@ class _BesideBars(logging.StreamHandler):
         self.flush()
 
 
+class _ToFile(logging.FileHandler):
+    """Writes lines to a file, and does without where the disk is full: that is told elsewhere."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  logging's name
+        """Pass over what logging would print a traceback for."""
+
+
 class VerbosityLogger:
     """Levelled messages on a stream, teed to a file: `[LEVEL] message`.
 
@@ -105,7 +113,7 @@ class VerbosityLogger:
         self._add(_BesideBars(self.stream), line)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-            self._file = logging.FileHandler(file, encoding="utf-8")
+            self._file = _ToFile(file, encoding="utf-8")
             self._add(self._file, line)
 
     def _add(self, handler: logging.Handler, line: logging.Formatter) -> None:
@@ -150,7 +158,8 @@ class VerbosityLogger:
         """Flush and close the log file."""
         for handler in list(self._logger.handlers):
             self._logger.removeHandler(handler)
-            handler.close()
+            with contextlib.suppress(OSError):  # a full disk, which has been told
+                handler.close()
 
     def progress(
         self,
