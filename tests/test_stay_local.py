@@ -1,5 +1,6 @@
 """GDAL stays off the net, whatever a raster or a file beside it names."""
 
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -45,8 +46,10 @@ def server():
 
 
 @pytest.mark.parametrize("how", ["limited", "free"])
-def test_no_address_is_asked_for(tmp_path, write_tiff, rng, server, how):
+def test_no_address_is_asked_for(tmp_path, write_tiff, rng, server, how, monkeypatch):
     address, asked = server
+    for name in [name for name in os.environ if name.startswith(("GDAL_", "CPL_", "OGR_"))]:
+        monkeypatch.delenv(name)  # what other tests of this process have set
     scene = write_tiff("scene.tif", rng.integers(1, 255, (3, 64, 64), dtype="uint8"))
     entry = "<MDI key='OVERVIEW_FILE'>{}</MDI>"
     side = f"<PAMDataset><Metadata domain='OVERVIEWS'>{entry}</Metadata></PAMDataset>"

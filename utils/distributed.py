@@ -377,7 +377,7 @@ def told(error: Exception, pulse: Pulse | None, minutes: float) -> Exception:
     reason = str(error).partition("\n")[0]
     if "Timed out" in reason:
         return PeerError(silence(minutes))
-    return PeerError(f"lost another rank ({reason}); run it again to go on")
+    return PeerError(f"cannot reach another rank ({reason}); run it again to go on")
 
 
 def lost(error: Exception) -> bool:

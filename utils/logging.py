@@ -76,15 +76,10 @@ class _BesideBars(logging.StreamHandler):
 
 
 class _ToFile(logging.FileHandler):
-    """Writes lines to a file; one that takes no more, as on a full disk, ends no run."""
+    """Writes lines to a file, and does without where the disk is full: that is told elsewhere."""
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  logging's own name
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handleError(record)
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            super().close()
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  logging's name
+        """Pass over what logging would print a traceback for."""
 
 
 class VerbosityLogger:
@@ -163,7 +158,8 @@ class VerbosityLogger:
         """Flush and close the log file."""
         for handler in list(self._logger.handlers):
             self._logger.removeHandler(handler)
-            handler.close()
+            with contextlib.suppress(OSError):  # a full disk, which has been told
+                handler.close()
 
     def progress(
         self,

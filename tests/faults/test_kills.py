@@ -22,7 +22,7 @@ KEYS = {
     "train": {"batch_size": 2, "epochs": 2, "checkpoint_minutes": 1e-9, "ema_decay": 0.9},
     "inference": {"batch_size": 2, "tta": {"horizontal_flip": True}, "confidence": "sure.tif"},
 }
-DONE = {"verify": (0, 3)}  # alone it ends with 3 where it deleted tiles, for prepare to make them
+END = {"verify": 3}  # the exit code of a phase that finds bad tiles and may not make them again
 OWN = {"run.log", "status.json", ".lock", ".lock.json"}  # of each run: times, the process's number
 
 
@@ -72,7 +72,7 @@ def seconds_of(child: Child, phase: str) -> float:
     while f"{phase}: started" not in child.said:
         time.sleep(0.001)
     start = time.monotonic()
-    assert child.wait() in DONE.get(phase, (0,)), child.said
+    assert child.wait() == END.get(phase, 0), child.said
     return time.monotonic() - start
 
 
@@ -84,13 +84,12 @@ def killed_inside(stage: Stage, after: float) -> bool:
     time.sleep(after)
     child.kill()
     code = child.wait()
-    assert code in (-9, *DONE.get(stage.phase, (0,))), child.said
+    assert code in (END.get(stage.phase, 0), -9), child.said
     deadline = time.monotonic() + 10
     while left_of(child.pid) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert left_of(child.pid) == []
-    ended = (f"{stage.phase}: finished", f"{stage.phase}: failed")
-    return code == -9 and not any(each in child.said for each in ended)
+    return code == -9 and f"{stage.phase}: f" not in child.said  # finished or failed
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -105,9 +104,9 @@ def test_a_killed_phase_run_again_leaves_what_an_unbroken_one_leaves(stage, phas
     for _ in range(count):
         stage.renew()
         inside += killed_inside(stage, dice.uniform(0, 0.8 * whole))
-        assert forked(stage.run) in DONE.get(phase, (0,))
+        assert forked(stage.run) == END.get(phase, 0)
         assert stage.products() == wanted
         assert not [path for path in stage.work.rglob(".*") if NAME.match(path.name)]
         assert not list(stage.work.rglob(".lock.json"))
-    assert inside >= sized(1, count // 2)
+    assert inside >= sized(1, count // 4)
     figure(f"kill -9 in {phase}", f"{count}, {inside} of them inside the phase: all equal")
