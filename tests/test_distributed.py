@@ -416,7 +416,7 @@ def test_a_group_that_cannot_form_is_4_and_says_why(monkeypatch):
         raise torch.distributed.DistNetworkError("The client socket has failed to connect\nmore")
 
     monkeypatch.setattr(torch.distributed, "rendezvous", failing)
-    said = r"\(The client socket has failed to connect\); run"
+    said = r"\(The client socket has failed to connect\); run it again"
     with pytest.raises(PeerError, match=said) as caught:
         distributed(Resources(distributed=True, dist_backend="gloo")).__enter__()
     assert caught.value.exit_code == 4

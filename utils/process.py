@@ -4,6 +4,7 @@ whoever started it."""
 import contextlib
 import ctypes
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -152,11 +153,11 @@ def serve_parent() -> None:
     """In a worker process: end with the parent, or when the parent says so; ignore other signals.
 
     Who ends a job often tells every process of it, and what the parent still has to do before it
-    ends needs its workers.
+    ends needs its workers. The parent may be gone by now, so its number is the one it forked with.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    parent = os.getppid()
+    parent = multiprocessing.parent_process().pid
     if hasattr(signal, "sigtimedwait"):  # not on macOS: there the parent's word is ignored too
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
