@@ -40,6 +40,7 @@ from benchmarks.workload import (
 from models.backbone import DinoBackbone
 from utils.distributed import no_cuda
 from utils.logging import complain
+from utils.prepare import find_sources
 
 SIDE = 8192  # pixels: 256 tiles, 441 windows
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -62,7 +63,7 @@ def measure(
         network = backbone_of(config).to(device)
         segmenter = segmenter_of(config, network)
         raw = np.tile(pixels(8), (-(-batch // 8), 1, 1, 1))[:batch]
-        encode = encode_of(config, manifest_of(config, network), network)
+        encode = encode_of(config, manifest_of(config, find_sources(config), network), network)
         on_device = torch.from_numpy(raw).to(device)
         alone = {
             "prepare": partial(encode, raw),

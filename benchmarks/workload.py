@@ -41,7 +41,7 @@ from utils.inference import Trained, predict_scenes
 from utils.loading import Loader, make_loaders
 from utils.logging import VerbosityLogger
 from utils.maps import default_legend
-from utils.prepare import describe_cache, encode_on, find_sources, prepare
+from utils.prepare import Sources, describe_cache, encode_on, find_sources, prepare
 from utils.process import set_environment
 from utils.raster import Reading
 from utils.scenes import find_scenes
@@ -175,10 +175,9 @@ def backbone_of(config: Config) -> DinoBackbone:
     return build_backbone(config.model, describe_backbone(config.model))
 
 
-def manifest_of(config: Config, known: DinoBackbone | NoBackbone) -> Manifest:
+def manifest_of(config: Config, sources: Sources, known: DinoBackbone | NoBackbone) -> Manifest:
     """What the cache of the project's scene is to be."""
-    device = Runtime().device(config.prepare.device)
-    return describe_cache(config, find_sources(config), known, device)
+    return describe_cache(config, sources, known, Runtime().device(config.prepare.device))
 
 
 def encode_of(config: Config, manifest: Manifest, backbone: DinoBackbone) -> Pixels:
@@ -204,7 +203,7 @@ def run_prepare(config: Config, backbone: DinoBackbone | None = None) -> Spent:
     shutil.rmtree(config.prepare.processed_dir, ignore_errors=True)
     known = backbone or NoBackbone(describe_backbone(config.model))
     sources = find_sources(config)
-    manifest = describe_cache(config, sources, known, Runtime().device(config.prepare.device))
+    manifest = manifest_of(config, sources, known)
     if backbone is None:
         encode = Watched(null_encode(known.spec, config.prepare))
     else:

@@ -15,7 +15,6 @@ from utils.artefacts import (
     PASSING,
     WAITS,
     patiently,
-    read_whole,
     replacing,
     sweep,
     temporary_of,
@@ -193,16 +192,6 @@ def test_what_will_not_pass_is_told_at_once(tmp_path, error):
     with pytest.raises(type(error)):
         patiently(read, tmp_path / "tile.pt")
     assert len(tries) == 1
-
-
-def test_a_file_that_is_too_large_or_none_is_not_read(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"four")
-    assert read_whole(path, 4) == b"four"
-    with pytest.raises(ValueError, match="4 bytes, expected at most 3"):
-        read_whole(path, 3)
-    with pytest.raises(ValueError, match="not a plain file"):
-        read_whole(tmp_path, 99)
 
 
 def test_what_a_disk_objected_to_is_told_of_the_files_own_name(tmp_path):

@@ -27,6 +27,7 @@ from utils.cache import (
     claim,
     drop_changed,
     load_tile,
+    plain_bytes,
     read_manifest,
     tile_names,
     tile_path,
@@ -578,7 +579,7 @@ def test_a_tensor_that_is_wider_than_its_memory_is_refused(tile, look, part):
 def test_a_file_far_larger_than_a_tile_is_not_read(tile):
     with tile.open("ab") as file:
         file.truncate(3 * MADE.tile_bytes + (1 << 20))
-    with pytest.raises(TileError, match="bytes, expected at most"):
+    with pytest.raises(TileError, match="larger than 1 MiB"):
         check_tile(tile, MADE)
 
 
@@ -669,3 +670,13 @@ def test_labels_have_the_smallest_type_that_holds_them():
     assert MADE.label_dtype == torch.uint8
     assert replace(MADE, ignore_index=256).label_dtype == torch.int32
     assert replace(MADE, num_classes=300, ignore_index=65535).label_dtype == torch.int32
+
+
+def test_a_file_that_is_too_large_or_none_is_not_read(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"four")
+    assert plain_bytes(path, 4) == b"four"
+    with pytest.raises(ValueError, match="larger than 3 bytes"):
+        plain_bytes(path, 3)
+    with pytest.raises(ValueError, match="not a plain file"):
+        plain_bytes(tmp_path, 99)

@@ -1,6 +1,9 @@
 """The rooms of the pipeline; each name is imported from the module that owns it.
 
 artefacts    files that are whole or absent
+limits       how much is read of a file, text shown as one line
+formats      which drivers a raster's ending allows, what its header may claim
+vrt          what a VRT may name
 locks        one run at a time in a folder
 space        room on the disk before something is written
 streaming    threads that read ahead and write behind
@@ -18,7 +21,8 @@ quantize     features rounded as they are cached
 cache        the tile cache on disk: manifest, tile files, what makes one sound
 pace         which kind of cache is the quicker one here, measured
 prepare      scenes and labels → cached tiles
-data         verify, augmentation, loading
+data         verify, samples, augmentation, an epoch's order
+loading      batches, made by threads ahead of training
 footprints   where tiles lie on the ground
 blocks       blocks of ground to hold out
 splits       sides by lists, regions or blocks, and their audit
@@ -42,6 +46,8 @@ distributed  ranks, devices, sharing of work
 logging      messages, timed blocks, progress
 process      threads, signals, parent and workers, exit codes
 strict_yaml, key_faults, key_rules    what config.py checks files with
+preflight    what is looked at, and held, before the first phase
+phases       networks and data work joined, a function for each phase
 landscape    a synthetic countryside with its exact class map
 demo         a self-contained demo project, and the report on its map
 """

@@ -14,7 +14,6 @@ import re
 import secrets
 import shutil
 import socket
-import stat
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -167,20 +166,6 @@ def named(error: OSError, path: Path) -> OSError:
     if error.errno is None:
         return error
     return OSError(error.errno, os.strerror(error.errno), str(path))
-
-
-def read_whole(path: Path, most: int) -> bytes:
-    """A file's bytes, read patiently; ValueError where it is no plain file, or larger than that."""
-
-    def read() -> bytes:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError("not a plain file")
-        if found.st_size > most:
-            raise ValueError(f"{found.st_size} bytes, expected at most {most}")
-        return path.read_bytes()
-
-    return patiently(read, path)
 
 
 def check_members(archive: zipfile.ZipFile, size: int) -> None:

@@ -15,6 +15,7 @@ import json
 import os
 import pickle
 import re
+import stat
 import struct
 import zipfile
 import zlib
@@ -31,7 +32,6 @@ from utils.artefacts import (
     check_members,
     checked_zip,
     patiently,
-    read_whole,
     write_artefact,
 )
 from utils.limits import MEBIBYTE, limited_bytes
@@ -380,13 +380,24 @@ def _load_stored(path: Path, mmap: bool) -> dict[str, Any]:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
+def plain_bytes(path: Path, most: int) -> bytes:
+    """A file's bytes, read patiently; ValueError where it is no plain file, or larger than that."""
+
+    def read() -> bytes:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError("not a plain file")
+        return limited_bytes(path, most)
+
+    return patiently(read, path)
+
+
 def load_plain(path: Path) -> Any:
     """What torch.save wrote to a file of weights, once every byte met its checksum.
 
     Raises ValueError with the reason where it cannot be had, OSError where the read fails.
     """
     try:
-        stored = read_whole(path, LARGEST)  # what fails from here on is the content's fault
+        stored = plain_bytes(path, LARGEST)  # what fails from here on is the content's fault
         content = torch.load(checked_zip(stored), map_location="cpu", weights_only=True)
         check_whole(content)
     except DAMAGE as error:
@@ -427,7 +438,7 @@ def check_whole(content: Any) -> None:
 def check_tile(path: Path, manifest: Manifest) -> None:
     """Raise TileError where a tile's file is not exactly what the manifest promises."""
     try:
-        stored = read_whole(path, 2 * manifest.tile_bytes + (1 << 20))
+        stored = plain_bytes(path, 2 * manifest.tile_bytes + (1 << 20))
         checked_zip(stored)  # what fails from here on is the content's fault, not the disk's
     except ValueError as error:
         raise TileError(f"{path.name}: {error}") from error

@@ -78,12 +78,22 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     write_artefact(path, lambda file: torch.save({"format": FORMAT, **content}, file))
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint on the CPU; anything but a whole one is an error that says why."""
+def require_there(path: Path) -> None:
+    """Raise CheckpointError where a checkpoint's file is missing.
+
+    >>> require_there(Path("none.pth"))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    utils.checkpoint.CheckpointError: none.pth: no such checkpoint; train first, or ...
+    """
     if not path.is_file():
         raise CheckpointError(
             f"{path}: no such checkpoint; train first, or set inference.checkpoint to one"
         )
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint on the CPU; anything but a whole one is an error that says why."""
+    require_there(path)
     try:
         content = load_plain(path)
     except ValueError as error:

@@ -6,6 +6,7 @@ headers of rasters, and only then weights are loaded and a device is used.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -60,15 +61,16 @@ def prepare(config: Config, run: Runtime, log: VerbosityLogger) -> None:
     sources = find_sources(config)
     spec = describe_backbone(config.model, sources.reading.bands, config.dataset.rgb)
     begun = begun_in(section.processed_dir)
-    if begun is not None:
-        known = Described(spec, begun.backbone_hash)
-        claim(describe_cache(config, sources, known, device), section.processed_dir)
+    known = Described(spec, begun.backbone_hash if begun else "")
+    manifest = describe_cache(config, sources, known, device)
+    if begun:
+        claim(manifest, section.processed_dir)
     for remark in spec.remarks:
         log.warning(remark)
     backbone = build_backbone(config.model, spec, HALF[section.feature_dtype])
     log.info(f"prepare: {spec.name}, blocks {list(spec.layers)}, mean {list(spec.image_mean)}")
     log.info(f"prepare: {sources.reading.line()}")
-    manifest = describe_cache(config, sources, backbone, device)
+    manifest = replace(manifest, backbone_hash=backbone.weights_hash)
     backbone.to(device).compute_in(manifest.precision)
     if config.dataset.cache == "auto":
         manifest = settle_cache(

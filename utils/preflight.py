@@ -10,13 +10,14 @@ from pathlib import Path
 
 from config import Config
 from utils.cache import read_manifest
-from utils.checkpoint import CheckpointError
+from utils.checkpoint import require_there
 from utils.distributed import Runtime
 from utils.engine import best_path
 from utils.inference import check_outputs, in_folder, written
 from utils.locks import alone_in
 from utils.scenes import files_of, find_scenes
-from utils.splits import SplitError
+from utils.space import nearest
+from utils.splits import require_list
 
 
 class PlaceError(Exception):
@@ -33,8 +34,7 @@ def look_ahead(config: Config) -> None:
     elif config.train.enable:
         read_manifest(config.train.processed_dir)
     for path in lists_of(config) if config.train.enable else ():
-        if not path.is_file():
-            raise SplitError(f"{path}: no such file (dataset.splits)")
+        require_list(path)
     for key, folder in outputs_of(config):
         require_writable(folder, key)
     if config.inference.enable:
@@ -43,13 +43,11 @@ def look_ahead(config: Config) -> None:
 
 def check_inference(config: Config) -> None:
     """The weights' file, unless training is to write it, and the headers of the scenes to map."""
-    section, trains = config.inference, config.train.enable
-    path = section.checkpoint or best_path(config.train.weights_dir, config.model.head)
-    made = trains and path == best_path(config.train.weights_dir, config.model.head)
-    if not made and not path.is_file():
-        raise CheckpointError(
-            f"{path}: no such checkpoint; train first, or set inference.checkpoint to one"
-        )
+    section = config.inference
+    best = best_path(config.train.weights_dir, config.model.head)
+    path = section.checkpoint or best
+    if not (config.train.enable and path == best):
+        require_there(path)
     scenes, _ = find_scenes(section.input_tif, "inference.input_tif", except_in=written(section))
     check_outputs(section, scenes, in_folder(section, scenes))
 
@@ -90,9 +88,7 @@ def require_writable(folder: Path, key: str) -> None:
     Traceback (most recent call last):
     utils.preflight.PlaceError: ...: is no folder, so nothing ...; correct paths.processed_dir
     """
-    place = folder
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    place = nearest(folder)
     if not place.is_dir():
         raise PlaceError(f"{place}: is no folder, so nothing can be written below; correct {key}")
     if not os.access(place, os.W_OK | os.X_OK):

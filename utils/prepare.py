@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from config import Config, ConfigError, Prepare
-from utils.artefacts import sweep
 from utils.cache import (
     MANIFEST,
     CacheError,
@@ -205,7 +204,6 @@ def prepare(
     """
     folder = section.processed_dir
     if run.is_main:
-        sweep(folder)
         _open_cache(folder, sources, wanted, run, log)
     run.wait()
     made = read_manifest(folder)  # as the first rank claimed it: stamps need the scenes

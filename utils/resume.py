@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from config import Augmentations, Train
-from utils.artefacts import sweep, write_artefact
+from utils.artefacts import write_artefact
 from utils.cache import Manifest, hash_of, load_plain
 
 FORMAT = 1
@@ -136,7 +136,6 @@ class Resume:
 
         Of two files the later one that is whole; that of a run with other settings is an error.
         """
-        sweep(self.path.parent)
         if self.anew:
             return None
         for path in (self.path, before(self.path)):

@@ -50,6 +50,17 @@ class Split:
         return {name: side for side, names in named.items() for name in names}
 
 
+def require_list(path: Path) -> None:
+    """Raise SplitError where a file that a split is made by is missing.
+
+    >>> require_list(Path("none.txt"))
+    Traceback (most recent call last):
+    utils.splits.SplitError: none.txt: no such file (dataset.splits)
+    """
+    if not path.is_file():
+        raise SplitError(f"{path}: no such file (dataset.splits)")
+
+
 def split_by_lists(places: Footprints, train_list: Path, val_list: Path) -> Split:
     """The sides that two files name, lists or polygons; tiles that neither names stay out."""
     (train, partly), (val, partly_val) = (_members(places, path) for path in (train_list, val_list))
@@ -173,8 +184,7 @@ def audit(
 
 def _named(names: Sequence[str], path: Path) -> list[str]:
     """The tiles that a list's lines name; `#` starts a comment."""
-    if not path.is_file():
-        raise SplitError(f"{path}: no such file (dataset.splits)")
+    require_list(path)
     members: dict[str, list[str]] = {}
     for name in names:
         members.setdefault(scene_of(name), []).append(name)

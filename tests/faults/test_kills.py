@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import project
 import pytest
@@ -52,19 +53,25 @@ def only(phase: str) -> list[str]:
     return [f"{each}.enable={str(each == phase).lower()}" for each in PHASES]
 
 
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory) -> Callable[[str], Stage]:
-    """A function that gives the project as it is before a phase."""
-    root = tmp_path_factory.mktemp("kills")
+def stages(
+    root: Path, size: tuple[int, int], keys: dict[str, Any], cut: slice
+) -> Callable[[str], Stage]:
+    """The project before each phase; before verify some of the cache's tiles are cut short."""
     work = root / "work"
-    config = project.write_project(work, 190, 250, **KEYS)
+    config = project.write_project(work, *size, **keys)
     for phase in PHASES:
         shutil.copytree(work, root / phase)
         if phase == "verify":
-            for path in sorted((root / phase / "cache").glob("*.pt"))[::3]:
+            for path in sorted((root / phase / "cache").glob("*.pt"))[cut]:
                 path.write_bytes(path.read_bytes()[:-600])
         assert phase == "verify" or project.run(config, *only(phase)) == 0
     return lambda phase: Stage(root / phase, work, phase)
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory) -> Callable[[str], Stage]:
+    """A function that gives the project as it is before a phase."""
+    return stages(tmp_path_factory.mktemp("kills"), (190, 250), KEYS, slice(None, None, 3))
 
 
 def seconds_of(child: Child, phase: str) -> float:

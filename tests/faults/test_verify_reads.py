@@ -4,6 +4,7 @@ import errno
 import os
 import random
 from pathlib import Path
+from typing import IO
 
 import project
 import pytest
@@ -28,17 +29,17 @@ def config(tmp_path_factory) -> Path:
 
 def run_failing(monkeypatch, config: Path, path: Path, code: int, times: float) -> int:
     """Run verify while reads of a tile fail, a number of times; its exit code."""
-    read, left = Path.read_bytes, [times]
+    plain, left = Path.open, [times]
 
-    def read_bytes(self: Path) -> bytes:
+    def opened(self: Path, *how: str) -> IO:
         if self == path and left[0] > 0:
             left[0] -= 1
             raise OSError(code, os.strerror(code)) if code else MemoryError
-        return read(self)
+        return plain(self, *how)
 
     with monkeypatch.context() as patched:
         patched.setattr("utils.artefacts.WAITS", (0, 0, 0))
-        patched.setattr(Path, "read_bytes", read_bytes)
+        patched.setattr(Path, "open", opened)
         ended = project.run(config, *ONLY)
     assert left[0] == 0 or times > 3
     return ended

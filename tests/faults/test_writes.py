@@ -6,14 +6,12 @@ import itertools
 import json
 import os
 import random
-import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import project
 import pyogrio.raw
 import pytest
 import rasterio
@@ -21,13 +19,12 @@ import rasterio.shutil
 from forked import Child, forked
 from pyogrio.errors import DataSourceError
 from size import figure, sized
-from test_kills import PHASES, Stage, only
+from test_kills import END, PHASES, Stage, stages
 
 from utils import artefacts
 from utils.artefacts import NAME
 
 HOW = ("before", "after", "ENOSPC", "EIO", "EACCES")  # killed before or after, or the system's no
-END = {"verify": 3}  # it finds a bad tile, and prepare is not to make it again
 KEYS = {
     "prepare": {"batch_size": 2},
     "train": {"epochs": 1, "batch_size": 2, "ema_decay": 0.9},
@@ -117,16 +114,7 @@ class Raster:
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory) -> Callable[[str], Stage]:
     """A function that gives a small project as it is before a phase."""
-    root = tmp_path_factory.mktemp("writes")
-    work = root / "work"
-    config = project.write_project(work, 100, 130, **KEYS)
-    for phase in PHASES:
-        shutil.copytree(work, root / phase)
-        if phase == "verify":
-            path = sorted((root / phase / "cache").glob("*.pt"))[2]
-            path.write_bytes(path.read_bytes()[:-600])
-        assert phase == "verify" or project.run(config, *only(phase)) == 0
-    return lambda phase: Stage(root / phase, work, phase)
+    return stages(tmp_path_factory.mktemp("writes"), (100, 130), KEYS, slice(2, 3))
 
 
 def calls_of(stage: Stage, notes: Path) -> list[str]:
