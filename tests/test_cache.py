@@ -24,6 +24,7 @@ from utils.cache import (
     check_layout,
     check_shapes,
     check_tile,
+    checksum_of,
     claim,
     drop_changed,
     load_tile,
@@ -680,3 +681,15 @@ def test_a_file_that_is_too_large_or_none_is_not_read(tmp_path):
         plain_bytes(path, 3)
     with pytest.raises(ValueError, match="not a plain file"):
         plain_bytes(tmp_path, 99)
+
+
+@pytest.mark.parametrize(("name", "odd"), [("scenes", []), ("tiles", {"a": [1.5]}), ("rgb", "012")])
+def test_a_manifest_with_an_entry_of_another_type_is_refused_by_name(tmp_path, name, odd):
+    write_manifest(MADE, tmp_path)
+    path = tmp_path / "manifest.json"
+    content = json.loads(path.read_text())
+    content.pop("checksum")
+    content[name] = odd
+    path.write_text(json.dumps(content | {"checksum": checksum_of(content)}))
+    with pytest.raises(CacheError, match=f"not a manifest .*prepare does not write: .*{name}"):
+        read_manifest(tmp_path)

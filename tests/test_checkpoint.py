@@ -282,3 +282,34 @@ def test_a_checkpoint_that_claims_another_width_is_refused_before_a_head_is_buil
     save_checkpoint(replace(made(), channels=2**40, levels=9), path)
     with pytest.raises(CheckpointError, match=r"levels is 9, .*; channels is 1099511627776, this"):
         require_fit(path, load_checkpoint(path), run_of(), BACKBONE)
+
+
+ODD = [None, True, -1, 2.5, "odd", [], ["odd"], [[]], {}, {"odd": 1}]
+
+
+@pytest.mark.parametrize("name", [each.name for each in fields(Checkpoint)])
+def test_an_entry_of_another_type_is_refused_by_name(path, name):
+    save_checkpoint(made(), path)
+    content, refused = torch.load(path, weights_only=True), 0
+    for odd in ODD:
+        torch.save(content | {name: odd}, path)
+        try:
+            load_checkpoint(path)
+        except CheckpointError as error:
+            assert name in str(error)
+            refused += 1
+    assert refused >= 5
+
+
+@pytest.mark.parametrize(
+    ("name", "odd"),
+    [
+        ("bands", []), ("ranges", [[0.0, 1.0]]), ("ranges", [[0.0]] * 4), ("rgb", [4]), ("rgb", []),
+        ("image_mean", [0.5]), ("image_std", [0.5] * 5), ("class_names", ["a"]),
+        ("class_colors", [[0, 0]] * 3), ("feature_dtype", "fp8"), ("precision", "fp64"),
+    ],
+)  # fmt: skip
+def test_entries_that_contradict_each_other_are_refused_by_name(path, name, odd):
+    save_checkpoint(replace(made(), **{name: odd}), path)
+    with pytest.raises(CheckpointError, match=f"entries that no training writes: .*{name}"):
+        load_checkpoint(path)

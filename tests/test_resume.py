@@ -3,7 +3,7 @@
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import project
@@ -231,3 +231,21 @@ def test_what_was_trained_on_other_labels_or_pixels_is_not_gone_on_with():
         replace(made, ranges=[[0.0, 99.0]] * 3),
     ]
     assert len({content_of(each) for each in [made, *others]}) == 5
+
+
+@pytest.mark.parametrize("name", [each.name for each in fields(Progress)])
+def test_a_state_with_an_entry_of_another_type_is_one_line_and_gives_way(config, capsys, name):
+    assert project.run(config, *ONLY_TRAIN) == 0
+    path = last_path(config.parent / "weights", "linear")
+    before(path).unlink()
+    content = torch.load(path)
+    for odd in (None, "odd", [["odd"]], {"odd": {}}):
+        if odd is None and name == "best":
+            continue
+        torch.save(content | {name: odd}, path)
+        capsys.readouterr()
+        code, said = project.run(config, *ONLY_TRAIN), capsys.readouterr().err
+        assert code in (0, 3), said  # begun anew, or refused where only the head can tell
+        lines = [line for line in said.splitlines() if line.startswith(("[WARNING]", "error: "))]
+        assert len(lines) == 1, said
+        assert path.name in lines[0]

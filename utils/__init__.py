@@ -2,6 +2,7 @@
 
 artefacts    files that are whole or absent
 limits       how much is read of a file, text shown as one line
+records      whether what a file gives has the types declared
 formats      which drivers a raster's ending allows, what its header may claim
 vrt          what a VRT may name
 locks        one run at a time in a folder

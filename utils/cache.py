@@ -35,6 +35,7 @@ from utils.artefacts import (
     write_artefact,
 )
 from utils.limits import MEBIBYTE, limited_bytes
+from utils.records import unfit
 from utils.tiling import tiles
 
 MANIFEST = "manifest.json"
@@ -213,6 +214,8 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError(f"format {content.get('format')!r}, expected {FORMAT}")
         if checksum != checksum_of(content):
             raise ValueError("damaged: it is not what its checksum is of")
+        if odd := unfit(Manifest, content):
+            raise ValueError(f"entries that prepare does not write: {', '.join(odd)}")
         del content["fingerprint"]  # which follows from the others
         return Manifest(**content)
     except (ValueError, AttributeError, TypeError, RecursionError) as error:

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from config import Train
 from utils.artefacts import write_artefact
-from utils.cache import Manifest
+from utils.cache import DAMAGE, Manifest
 from utils.checkpoint import Checkpoint, plain_state, save_checkpoint
 from utils.data import Sample
 from utils.distributed import Runtime, autocast, warn_of_compiling
@@ -32,7 +32,7 @@ from utils.metrics import Score, SegmentationMetrics, best_class
 from utils.optim import EarlyStopping, build_optimizer, build_schedule
 from utils.process import STOP, StoppedError
 from utils.quantize import restored
-from utils.resume import Progress, Resume
+from utils.resume import Progress, Resume, StateError
 from utils.space import Need, require_space
 from utils.tiling import batched
 
@@ -216,8 +216,14 @@ class Keeper:
         found = run.agree(found)
         if found is None:
             return Progress()
-        self.step.load_state_dict(found.parts)
-        self.stopping.load_state_dict(found.stopping)
+        try:
+            self.step.load_state_dict(found.parts)
+            self.stopping.load_state_dict(found.stopping)
+        except DAMAGE as error:
+            raise StateError(
+                f"{self.resume.path}: does not fit the head and its optimizer "
+                f"({' '.join(str(error).split())[:200]}); delete it, or train.resume: never"
+            ) from error
         if not found.finished:
             log.info(f"train: going on in epoch {found.epoch} after {found.windows} steps of it")
         return found

@@ -18,6 +18,8 @@ import torch
 from config import Augmentations, Train
 from utils.artefacts import write_artefact
 from utils.cache import Manifest, hash_of, load_plain
+from utils.metrics import Score
+from utils.records import unfit
 
 FORMAT = 1
 HARMLESS = {  # what a run may change and go on
@@ -28,6 +30,9 @@ OF_CACHE = (
     "backbone_hash", "layers", "channels", "tile_size", "precision", "feature_dtype", "cache",
     "views", "num_classes", "ignore_index",
 )  # fmt: skip
+
+
+BEST = {"epoch", "path", *(each.name for each in fields(Score))}  # of the best epoch
 
 
 class StateError(Exception):
@@ -183,4 +188,9 @@ def load(path: Path) -> dict[str, Any]:
     if set(content) != wanted:
         odd = ", ".join(sorted(wanted ^ set(content)))
         raise StateError(f"{path}: missing or unknown entries: {odd}")
+    odd = unfit(Progress, content)
+    if not odd and content["best"] is not None and set(content["best"]) != BEST:
+        odd = ["best"]
+    if odd:
+        raise StateError(f"{path}: entries that no training writes: {', '.join(odd)}")
     return content
