@@ -13,13 +13,14 @@ memory, permission), 5 training diverged, 75 stopped by a signal (run again), 1 
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from config import Config, ConfigError, find_config, load_config, to_yaml
-from utils.logging import TimedBlock, VerbosityLogger, complain, launched_rank, say
+from utils.logging import STOPPED, TimedBlock, VerbosityLogger, complain, launched_rank, say
 
 if TYPE_CHECKING:
     from utils.distributed import Runtime
@@ -136,5 +137,21 @@ def enter(phase: "Phase", config: Config, run: "Runtime", log: VerbosityLogger) 
             phase(config, run, log)
 
 
+def start() -> None:
+    """Run the command line and leave; ranks without the interpreter's own end, in which threads of
+    torch's may abort it.
+    """
+    try:
+        code = main()
+    except KeyboardInterrupt:  # before the run has handlers of its own
+        complain("error: stopped before the run began; run it again")
+        code = STOPPED
+    if "RANK" not in os.environ:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    start()

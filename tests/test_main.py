@@ -25,6 +25,7 @@ from models.base import SegmentationHead
 from models.segmenter import Segmenter
 from utils import phases
 from utils.distributed import Runtime
+from utils.process import StoppedError
 from utils.raster import open_raster, read_whole
 
 ONLY_TRAIN = ("prepare.enable=false", "verify.enable=false", "inference.enable=false")
@@ -675,3 +676,75 @@ def test_a_run_with_every_way_to_favour_rare_classes_becomes_a_map(tmp_path):
     assert (tmp_path / "map.tif").is_file()
     sides = json.loads((tmp_path / "cache" / "splits.geojson").read_text())["features"]
     assert {each["properties"]["side"] for each in sides} >= {"train", "val"}
+
+
+def test_bits_that_flipped_in_a_tile_are_not_trained_on(copy, capsys):
+    """Without verify too: the bytes of a tile meet their checksums before they are first used."""
+    for path in (copy.parent / "cache").glob("*.pt"):
+        stored = bytearray(path.read_bytes())
+        stored[len(stored) // 2] ^= 0x10
+        path.write_bytes(stored)
+    assert project.run(copy, *ONLY_TRAIN, ANEW) == 3
+    assert "missing or damaged" in one_error(capsys)
+
+
+def folder_of_maps(copy, **changes):
+    """Settings that map two scenes into folders."""
+    (copy.parent / "many").mkdir()
+    for name in ("a.tif", "b.tif"):
+        shutil.copy(copy.parent / "unseen.tif", copy.parent / "many" / name)
+    places = {"input_tif": "many", "output_tif": "maps", "polygons": "outlines"} | changes
+    return [*ONLY_INFERENCE, *(f"inference.{key}={copy.parent / value}"
+                               for key, value in places.items())]  # fmt: skip
+
+
+def test_a_map_of_a_scene_that_changed_since_is_made_again(copy, capsys):
+    settings = folder_of_maps(copy)
+    assert project.run(copy, *settings) == 0
+    maps = copy.parent / "maps"
+    old, other = (maps / "a.tif").read_bytes(), (maps / "b.tif").stat().st_mtime_ns
+    shutil.copy(copy.parent / "scenes" / "north.tif", copy.parent / "many" / "a.tif")
+    capsys.readouterr()
+    assert project.run(copy, *settings) == 0
+    assert "b.tif is there already, kept" in capsys.readouterr().err
+    assert (maps / "a.tif").read_bytes() != old
+    assert (maps / "b.tif").stat().st_mtime_ns == other
+
+
+def test_a_run_ended_between_a_map_and_its_polygons_makes_both(copy, monkeypatch):
+    settings = folder_of_maps(copy)
+    assert project.run(copy, *settings) == 0
+    polygons = copy.parent / "outlines" / "a.gpkg"
+    old = polygons.stat().st_mtime_ns
+
+    def ended(*_):
+        raise StoppedError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("utils.inference.write_polygons", ended)
+        assert project.run(copy, *settings, "inference.overlap=0.5") == 75
+    assert (copy.parent / "maps" / ".a.tif.resume").is_dir()
+    assert project.run(copy, *settings, "inference.overlap=0.5") == 0
+    assert polygons.stat().st_mtime_ns > old
+    assert not (copy.parent / "maps" / ".a.tif.resume").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX pipes")
+def test_a_pipe_is_neither_mapped_nor_replaced(copy, capsys):
+    pipe = copy.parent / "pipe.tif"
+    os.mkfifo(pipe)
+    assert project.run(copy, *ONLY_INFERENCE, f"inference.input_tif={pipe}") == 3
+    assert "pipe.tif: holds no raster (inference.input_tif)" in one_error(capsys)
+    assert project.run(copy, *ONLY_INFERENCE, f"inference.output_tif={pipe}") == 4
+    assert "a device or pipe, which no file replaces" in one_error(capsys)
+    assert pipe.is_fifo()
+
+
+def test_an_interrupt_before_the_run_began_is_one_line(copy, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "main", interrupted)
+    with pytest.raises(SystemExit, match="75"):
+        main.start()
+    assert one_error(capsys) == "stopped before the run began; run it again"

@@ -249,3 +249,45 @@ def test_a_state_with_an_entry_of_another_type_is_one_line_and_gives_way(config,
         lines = [line for line in said.splitlines() if line.startswith(("[WARNING]", "error: "))]
         assert len(lines) == 1, said
         assert path.name in lines[0]
+
+
+@pytest.mark.parametrize("epochs_done", [1, 2])
+def test_training_goes_on_where_its_folder_was_moved_to(config, monkeypatch, capsys, epochs_done):
+    with monkeypatch.context() as patched:
+        if epochs_done == 1:
+            end_after(patched, 5)
+        assert project.run(config, *ONLY_TRAIN) == (75 if epochs_done == 1 else 0)
+    moved = config.parent.rename(config.parent.with_name("moved")) / "config.yml"
+    capsys.readouterr()
+    assert project.run(moved, *ONLY_TRAIN) == 0
+    said = capsys.readouterr().err
+    assert "starts anew" not in said
+    assert "going on in epoch" in said or "already complete" in said
+    shutil.rmtree(moved.parent / "cache" / "none", ignore_errors=True)
+    assert project.run(moved, *ONLY_TRAIN, "train.weights_dir=moved/whole") == 0
+    assert results(moved.parent / "whole") == results(moved.parent / "weights")
+
+
+def test_damaged_best_weights_are_made_again(config, capsys):
+    assert project.run(config, *ONLY_TRAIN) == 0
+    wanted = results(config.parent / "weights")
+    path = config.parent / "weights" / "linear_best.pth"
+    path.write_bytes(path.read_bytes()[:5000])
+    capsys.readouterr()
+    assert project.run(config, *ONLY_TRAIN) == 0
+    assert "damaged, or not a checkpoint" in capsys.readouterr().err
+    assert results(config.parent / "weights") == wanted
+
+
+def test_where_both_states_are_damaged_nothing_is_written_over(config, monkeypatch, capsys):
+    assert project.run(config, *ONLY_TRAIN) == 0
+    last = last_path(config.parent / "weights", "linear")
+    for path in (last, before(last)):
+        path.write_bytes(path.read_bytes()[:500])
+    kept = times(config.parent / "weights")
+    capsys.readouterr()
+    assert project.run(config, *ONLY_TRAIN) == 3
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.endswith("no other state is left: train.resume: never starts anew")
+    assert times(config.parent / "weights") == kept
+    assert project.run(config, *ONLY_TRAIN, "train.resume=never") == 0

@@ -100,6 +100,7 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
 
     What the system objects to is told of `path`, which is what the reader knows.
     """
+    require_replaceable(path)
     temporary = temporary_of(path, suffix)
     try:
         yield temporary
@@ -113,8 +114,20 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def require_replaceable(path: Path) -> None:
+    """Raise OSError where a path is a device or a pipe: a file would take its place.
+
+    >>> require_replaceable(Path(os.devnull))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    FileExistsError: [Errno 17] a device or pipe, which no file replaces: ...
+    """
+    if path.exists() and not (path.is_file() or path.is_dir() or path.is_symlink()):
+        raise FileExistsError(errno.EEXIST, "a device or pipe, which no file replaces", str(path))
+
+
 def publish(temporary: Path, path: Path) -> None:
     """Give a finished file its name, once its content is on the disk."""
+    require_replaceable(path)
     sync(temporary)
     temporary.replace(path)
     sync(path.parent)

@@ -438,8 +438,8 @@ def check_whole(content: Any) -> None:
             check_whole(each)
 
 
-def check_tile(path: Path, manifest: Manifest) -> None:
-    """Raise TileError where a tile's file is not exactly what the manifest promises."""
+def check_bytes(path: Path, manifest: Manifest) -> bytes:
+    """A tile's bytes, once they met their checksums; TileError where they do not."""
     try:
         stored = plain_bytes(path, 2 * manifest.tile_bytes + (1 << 20))
         checked_zip(stored)  # what fails from here on is the content's fault, not the disk's
@@ -447,6 +447,12 @@ def check_tile(path: Path, manifest: Manifest) -> None:
         raise TileError(f"{path.name}: {error}") from error
     except DAMAGE as error:
         raise TileError(f"{path.name}: not a whole file ({error})") from error
+    return stored
+
+
+def check_tile(path: Path, manifest: Manifest) -> None:
+    """Raise TileError where a tile's file is not exactly what the manifest promises."""
+    stored = check_bytes(path, manifest)
     content = load_tile(path, content=stored)
     check_layout(path.name, content, manifest)
     for part in ("features", "scales"):

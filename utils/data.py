@@ -27,6 +27,7 @@ from utils.cache import (
     CacheError,
     Manifest,
     TileError,
+    check_bytes,
     check_shapes,
     check_tile,
     load_tile,
@@ -192,6 +193,7 @@ class PrecomputedDataset(Dataset[Drawn]):
         self.names = list(names)
         self.augmentations = augmentations
         self.seed = seed
+        self._met: set[str] = set()  # tiles whose bytes have met their checksums in this run
 
     def __len__(self) -> int:
         return len(self.names)
@@ -202,6 +204,9 @@ class PrecomputedDataset(Dataset[Drawn]):
         name = self.names[position]
         path = tile_path(self.folder, name)
         try:
+            if name not in self._met:
+                check_bytes(path, self.manifest)
+                self._met.add(name)
             content = load_tile(path, mmap=True)
             check_shapes(path.name, content, self.manifest)
         except (TileError, FileNotFoundError) as error:

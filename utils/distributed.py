@@ -349,6 +349,7 @@ def distributed(resources: Resources) -> Iterator[Runtime]:
         )
         GROUPS.append(dist.group.WORLD)
         yield Runtime(rank, local_rank, size, pulse)
+        GROUPS.clear()
     except Exception as error:
         ending = told(error, pulse, resources.timeout_minutes)
         if ending is error:

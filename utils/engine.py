@@ -21,7 +21,13 @@ from torch.optim.swa_utils import AveragedModel
 from config import Train
 from utils.artefacts import write_artefact
 from utils.cache import DAMAGE, Manifest
-from utils.checkpoint import Checkpoint, plain_state, save_checkpoint
+from utils.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    load_checkpoint,
+    plain_state,
+    save_checkpoint,
+)
 from utils.data import Sample
 from utils.distributed import Runtime, autocast, warn_of_compiling
 from utils.divergence import DivergedError, diagnosis, require_sound
@@ -210,9 +216,8 @@ class Keeper:
         run, found = self.step.run, None
         if self.resume is not None and run.is_main:
             found = self.resume.find(log)
-            if found is not None and found.best and not Path(found.best["path"]).exists():
-                log.warning(f"{found.best['path']}: is gone, so training starts anew")
-                found = None
+            if found is not None and found.best:
+                found = found if self.has_best(found, log) else None
         found = run.agree(found)
         if found is None:
             return Progress()
@@ -227,6 +232,18 @@ class Keeper:
         if not found.finished:
             log.info(f"train: going on in epoch {found.epoch} after {found.windows} steps of it")
         return found
+
+    def has_best(self, found: Progress, log: VerbosityLogger) -> bool:
+        """Whether the best weights so far are there, beside the state, and whole."""
+        path = self.resume.path.with_name(Path(found.best["path"]).name)
+        found.best["path"] = str(path)
+        try:
+            load_checkpoint(path)
+        except CheckpointError as error:
+            told = str(error) if path.exists() else f"{path}: is gone"
+            log.warning(f"{told}, so training starts anew")
+            return False
+        return True
 
     def keep(self, progress: Progress) -> None:
         """Write where training stands now."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from config import TTA, Inference
-from utils.artefacts import sweep, temporary_of
+from utils.artefacts import require_replaceable, sweep, temporary_of
 from utils.blending import Strip
 from utils.checkpoint import Checkpoint
 from utils.distributed import autocast, most_at_once, upload
@@ -46,7 +46,7 @@ from utils.raster import (
     read_tags,
     rows_on,
 )
-from utils.scenes import SceneFile
+from utils.scenes import SceneFile, find_scenes
 from utils.space import Need, bytes_below, require_space
 from utils.streaming import ahead, behind
 from utils.tiling import Tile, batched, tiles
@@ -173,7 +173,7 @@ def predict_scenes(
     failures = []
     for scene in scenes:
         output = raster_path(section.output_tif, scene.name, several)
-        if several and is_finished(section, scene.name, trained):
+        if several and is_finished(section, scene, trained):
             log.info(f"inference: {scene.name}: {output} is there already, kept")
             continue
         try:
@@ -188,6 +188,16 @@ def predict_scenes(
         raise InferenceError(
             f"{len(failures)} of {len(scenes)} scenes were not mapped: {', '.join(failures)}"
         )
+
+
+def scenes_to_map(section: Inference) -> list[SceneFile]:
+    """The scenes that `inference.input_tif` names, of which there must be one."""
+    scenes, _ = find_scenes(section.input_tif, "inference.input_tif", except_in=written(section))
+    if not scenes:
+        given = section.input_tif
+        named = ", ".join(map(str, [given] if isinstance(given, Path) else given))
+        raise RasterError(f"{named}: holds no raster (inference.input_tif)")
+    return scenes
 
 
 def in_folder(section: Inference, scenes: Sequence[SceneFile]) -> bool:
@@ -220,20 +230,35 @@ def check_outputs(section: Inference, scenes: Sequence[SceneFile], several: bool
         for path in outputs_of(section, scene.name, several):
             if other := taken.get(path.resolve()):
                 raise InferenceError(f"{path}: would be written over {other}; name another file")
+            require_replaceable(path)
             if several and path.parent.is_file():
                 raise InferenceError(f"{path.parent}: is a file; several scenes need a folder")
             taken[path.resolve()] = "another output"
 
 
-def is_finished(section: Inference, name: str, trained: Trained) -> bool:
-    """Whether all of a scene's files are there, from the same checkpoint and settings."""
-    paths = outputs_of(section, name, several=True)
-    if not all(path.is_file() for path in paths):
+def is_finished(section: Inference, file: SceneFile, trained: Trained) -> bool:
+    """Whether all of a scene's files are there, from the same scene, checkpoint and settings.
+
+    The journal goes last: while it is there, some of them may be of an older run.
+    """
+    paths = outputs_of(section, file.name, several=True)
+    if not all(path.is_file() for path in paths) or journal_folder(paths[0]).exists():
         return False
     try:
-        return trained.tags.items() <= read_tags(paths[0]).items()
+        with open_scene(file.path, trained.reading, file.name) as scene:
+            wanted, modified = tags_of(scene, trained), scene.identity["modified"]
+        same = wanted.items() <= read_tags(paths[0]).items()
+        return same and modified <= paths[0].stat().st_mtime_ns
     except RasterError:
         return False
+
+
+def tags_of(scene: Scene, trained: Trained) -> dict[str, str]:
+    """What a map says of itself: how it was made, and of which scene; its file's time apart."""
+    told = {name: value for name, value in scene.identity.items() if name != "modified"}
+    text = json.dumps(told, sort_keys=True)
+    identity = hashlib.sha256(text.encode()).hexdigest()
+    return {**trained.tags, "DINOV3SEG_SCENE_SHA256": identity}
 
 
 def predict_scene(
@@ -303,11 +328,12 @@ def write_products(
     strips = strips_of(section, grid, products, count)
     work = plan_of(section, scene, strips, log)
     journal = Journal(resume, journal_plan(section, scene, products, strips, trained))
+    tags = tags_of(scene, trained)
     with contextlib.ExitStack() as stack:
         sheets = []
         for product in products:
             writer = MapWriter(
-                product.path, scene.grid, product.content, section.format, trained.tags
+                product.path, scene.grid, product.content, section.format, tags
             )
             sheets.append(Sheet(product, stack.enter_context(writer), section.tile_size))
         rows = sorted({tile.row for _, tile in work})
@@ -397,7 +423,7 @@ def resample_products(
         own = replace(trained.reading, gsd=None)
         with open_scene(scene.path, own, scene.name) as source:
             for draft, product in zip(drafts, products, strict=True):
-                write_on_grid(draft.path, product, source, section.format, trained.tags)
+                write_on_grid(draft.path, product, source, section.format, tags_of(scene, trained))
     finally:
         for draft in drafts:
             for ending in ("", ".aux.xml"):

@@ -28,7 +28,7 @@ from utils.data import load_split
 from utils.data import verify as check_tiles
 from utils.distributed import Runtime, compiled, device_reason
 from utils.engine import Encode, best_path, fit, keep_best
-from utils.inference import predict_scenes, trained_as, written
+from utils.inference import predict_scenes, scenes_to_map, trained_as
 from utils.loading import make_loaders
 from utils.logging import VerbosityLogger
 from utils.pace import settle_cache
@@ -36,7 +36,6 @@ from utils.prepare import begun_in, count_tiles, describe_cache, encode_on, find
 from utils.prepare import prepare as cache_tiles
 from utils.quantize import HALF, rounding
 from utils.resume import Resume, identity_of, last_path
-from utils.scenes import find_scenes
 
 Phase = Callable[[Config, Runtime, VerbosityLogger], None]
 
@@ -149,7 +148,7 @@ def inference(config: Config, run: Runtime, log: VerbosityLogger) -> None:
     bands, rgb = checkpoint.bands, config.dataset.rgb or checkpoint.rgb_bands
     spec = describe_backbone(config.model, bands, rgb)
     require_fit(path, checkpoint, config, Described(spec, checkpoint.backbone_hash))
-    scenes, _ = find_scenes(section.input_tif, "inference.input_tif", except_in=written(section))
+    scenes = scenes_to_map(section)
     device = run.device(section.device)
     log.info(f"inference: {device_reason(section.device, device)}")
     backbone = build_backbone(config.model, spec, HALF[checkpoint.feature_dtype])

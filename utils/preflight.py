@@ -13,9 +13,9 @@ from utils.cache import read_manifest
 from utils.checkpoint import require_there
 from utils.distributed import Runtime
 from utils.engine import best_path
-from utils.inference import check_outputs, in_folder, written
+from utils.inference import check_outputs, in_folder, scenes_to_map
 from utils.locks import alone_in
-from utils.scenes import files_of, find_scenes
+from utils.scenes import files_of
 from utils.space import nearest
 from utils.splits import require_list
 
@@ -48,7 +48,7 @@ def check_inference(config: Config) -> None:
     path = section.checkpoint or best
     if not (config.train.enable and path == best):
         require_there(path)
-    scenes, _ = find_scenes(section.input_tif, "inference.input_tif", except_in=written(section))
+    scenes = scenes_to_map(section)
     check_outputs(section, scenes, in_folder(section, scenes))
 
 

@@ -139,21 +139,27 @@ class Resume:
     def find(self, log: Any) -> Progress | None:
         """The progress to go on with, None where there is none.
 
-        Of two files the later one that is whole; that of a run with other settings is an error.
+        Of two files the later one that is whole; that of a run with other settings is an error, and
+        so are damaged ones alone: what they stood for is not written over.
         """
         if self.anew:
             return None
+        damaged = None
         for path in (self.path, before(self.path)):
             if not path.exists():
                 continue
             try:
                 content = load(path)
             except StateError as error:
-                log.warning(f"{error}; the state before it is tried")
+                damaged = damaged or error
+                if before(path).exists():
+                    log.warning(f"{error}; the state before it is tried")
                 continue
             self._require_same(path, content.pop("identity"))
             self._sound = path == self.path
             return Progress(**content)
+        if damaged:
+            raise StateError(f"{damaged}; no other state is left: train.resume: never starts anew")
         return None
 
     def _require_same(self, path: Path, found: dict[str, Any]) -> None:
