@@ -16,7 +16,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 from config import Config, ConfigError, find_config, load_config, to_yaml
@@ -43,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(find_config(options.config), options.set)
     except ConfigError as error:
         if launched_rank() == 0:
-            complain(str(error))
+            complain("\n".join(f"error: {fault}" for fault in error.faults))
         return ConfigError.exit_code
     if options.print_config:
         say(to_yaml(config).rstrip())
@@ -73,34 +72,42 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def guarded(config: Config) -> int:
-    """Run the phases; what goes wrong becomes one line and the exit code of its kind."""
-    from utils.process import ending_of, set_environment, stoppable, write_status
+    """Run the phases; how they end is said in the log, in status.json and by the exit code."""
+    from utils.process import set_environment
+    from utils.status import status_in
 
     rank, section = launched_rank(), config.logging
     set_environment(config)
+    with status_in(config.train.weights_dir, wanted=rank == 0) as status:
+        try:
+            log = VerbosityLogger(section.level, section.timestamps, section.file, silent=rank > 0)
+        except OSError as error:
+            complain(f"error: logging.file: {error}")
+            status(4, f"logging.file: {error}")
+            return 4
+        status(None, "")
+        code, said = outcome_of(config, log)
+        status(code, said)
+        log.close()
+    return code
+
+
+def outcome_of(config: Config, log: VerbosityLogger) -> tuple[int, str]:
+    """Run the phases; what goes wrong becomes one line and the exit code of its kind."""
+    from utils.process import ending_of, stoppable
+
+    rank = launched_rank()
     try:
-        log = VerbosityLogger(section.level, section.timestamps, section.file, silent=rank > 0)
-    except OSError as error:
-        complain(f"error: logging.file: {error}")
-        return 4
-    code, said, status = 1, "", partial(write_status, config.train.weights_dir)
-    try:
-        if rank == 0:
-            status(None)
         with stoppable():
             run_phases(config, log)
-        code = 0
     except Exception as error:  # noqa: BLE001  what it is decides on the exit code
         code, said = ending_of(error)
         if rank == 0:
             log.fail(said, error)
         elif not getattr(error, "everywhere", False):
             log.fail(f"rank {rank}: {said}", error)
-    finally:
-        if rank == 0:
-            status(code, said)
-        log.close()
-    return code
+        return code, said
+    return 0, ""
 
 
 def run_phases(config: Config, log: VerbosityLogger) -> None:

@@ -749,7 +749,7 @@ def test_no_config_found_names_the_three_places(write, monkeypatch):
 
 def test_unreadable_files_are_one_line(write, tmp_path, monkeypatch):
     write(PATHS, "sub/config.yml")
-    assert faults(Path("sub")) == ["sub: cannot read the config: Is a directory"]
+    assert faults(Path("sub")) == ["sub: cannot read the config: not a plain file"]
     assert faults(tmp_path / "no.yml") == [
         "no.yml: cannot read the config: No such file or directory"
     ]

@@ -26,6 +26,13 @@ def test_a_file_over_the_limit_is_refused_unread(tmp_path):
         limited_bytes(path, 2**21)
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_plain_file_is_refused_unopened(tmp_path, make):
+    make(tmp_path / "list.txt")
+    with pytest.raises(ValueError, match="not a plain file"):
+        limited_bytes(tmp_path / "list.txt", 10)
+
+
 @given(st.text(st.characters(exclude_categories=[])))
 def test_any_text_becomes_one_that_shows_and_stays_if_it_does(text):
     shown = spelt_out(text)

@@ -1,13 +1,16 @@
 """Two runs in one folder: the second ends at once, says who is there, and changes nothing."""
 
+import errno
+import os
 import subprocess
 import sys
 
 import project
 import pytest
+from filelock import FileLock
 
 from utils.artefacts import temporary_of, this_host
-from utils.locks import HOLDER, LockError, alone_in
+from utils.locks import HOLDER, NO_LOCKS, LockError, alone_in, if_free
 
 HOLD = """
 import sys
@@ -71,6 +74,27 @@ def test_a_damaged_note_is_no_obstacle(tmp_path, held):
     held(tmp_path)
     (tmp_path / HOLDER).write_text("{")
     with pytest.raises(LockError, match="in use by another run"), alone_in(tmp_path, "key"):
+        pass
+
+
+@pytest.mark.parametrize("number", sorted(NO_LOCKS))
+def test_where_the_file_system_knows_no_locks_a_run_goes_on(tmp_path, monkeypatch, number):
+    def refuse(self, **_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    with alone_in(tmp_path, "train.weights_dir"), if_free(tmp_path / ".status.lock") as free:
+        assert free and (tmp_path / HOLDER).exists()
+
+
+def test_another_objection_of_the_system_is_not_passed_over(tmp_path, monkeypatch):
+    def refuse(self, **_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    with pytest.raises(PermissionError), alone_in(tmp_path, "train.weights_dir"):
+        pass
+    with pytest.raises(PermissionError), if_free(tmp_path / ".status.lock"):
         pass
 
 

@@ -570,6 +570,29 @@ def test_status_says_what_the_exit_code_and_the_log_say(copy, capsys, monkeypatc
     assert found["message"] in one_error(capsys)
 
 
+def test_a_run_refused_for_another_one_leaves_its_status_alone(copy, capsys, monkeypatch):
+    seen = []
+
+    def train(*_):
+        seen.append(project.run(copy, *ONLY_TRAIN))
+        seen.append(status_of(copy)["state"])
+
+    monkeypatch.setattr("utils.phases.train", train)
+    assert project.run(copy, *ONLY_TRAIN) == 0
+    assert seen == [4, "running"]
+    assert status_of(copy)["state"] == "done"
+
+
+def test_a_pipe_is_no_config_and_no_log(copy, capsys):
+    pipe = copy.parent / "pipe"
+    os.mkfifo(pipe)
+    assert main.main([str(pipe)]) == 2
+    assert one_error(capsys) == f"{pipe}: cannot read the config: not a plain file"
+    assert project.run(copy, f"logging.file={pipe}") == 4
+    assert one_error(capsys).startswith("logging.file: ")
+    assert status_of(copy)["exit_code"] == 4
+
+
 @pytest.mark.parametrize(
     ("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 1)], ids=["SIGTERM", "SIGINT"]
 )

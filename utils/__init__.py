@@ -46,6 +46,7 @@ checkpoint   weights with everything needed to use them again
 distributed  ranks, devices, sharing of work
 logging      messages, timed blocks, progress
 process      threads, signals, parent and workers, exit codes
+status       how a run stands, for batch scripts
 strict_yaml, key_faults, key_rules    what config.py checks files with
 preflight    what is looked at, and held, before the first phase
 phases       networks and data work joined, a function for each phase

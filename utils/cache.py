@@ -15,7 +15,6 @@ import json
 import os
 import pickle
 import re
-import stat
 import struct
 import zipfile
 import zlib
@@ -208,7 +207,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise CacheError(f"{path}: no such file; run prepare first (prepare.enable: true)")
     try:
-        content = json.loads(patiently(partial(limited_bytes, path, LARGEST_MANIFEST), path))
+        content = json.loads(plain_bytes(path, LARGEST_MANIFEST))
         checksum = content.pop("checksum", None)
         if content.get("format") != FORMAT or set(content) != {f.name for f in fields(Manifest)}:
             raise ValueError(f"format {content.get('format')!r}, expected {FORMAT}")
@@ -385,13 +384,7 @@ def _load_stored(path: Path, mmap: bool) -> dict[str, Any]:
 
 def plain_bytes(path: Path, most: int) -> bytes:
     """A file's bytes, read patiently; ValueError where it is no plain file, or larger than that."""
-
-    def read() -> bytes:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise ValueError("not a plain file")
-        return limited_bytes(path, most)
-
-    return patiently(read, path)
+    return patiently(partial(limited_bytes, path, most), path)
 
 
 def load_plain(path: Path) -> Any:

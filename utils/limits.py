@@ -1,20 +1,26 @@
 """Limits on what comes in: files read no further than they may go, text that shows as one line."""
 
 import os
+import stat
 from pathlib import Path
 
 MEBIBYTE = 2**20
 
 
 def limited_bytes(path: Path, most: int) -> bytes:
-    """A file's bytes; ValueError where it has more than `most`, which are never in memory.
+    """A file's bytes; ValueError where it is no plain file, or has more than `most`: these are
+    never in memory. Opening a pipe would wait for who writes to it.
 
-    >>> limited_bytes(Path(os.devnull), most=4)
-    b''
-    >>> limited_bytes(Path("/dev/zero"), most=4)
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     path = Path(folder, "train.txt")
+    ...     _ = path.write_text("north")
+    ...     limited_bytes(path, most=5), limited_bytes(path, most=4)
     Traceback (most recent call last):
     ValueError: larger than 4 bytes, the most that is read of such a file
     """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("not a plain file")
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         content = file.read(min(size or most, most) + 1)

@@ -1,6 +1,7 @@
 """One run at a time in a folder: the second says who is there, and since when."""
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -11,8 +12,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from utils.artefacts import sweep, write_artefact
+from utils.limits import MEBIBYTE, limited_bytes
 
 LOCK, HOLDER = ".lock", ".lock.json"
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}  # of file systems that know none
 
 
 class LockError(Exception):
@@ -49,6 +52,9 @@ def alone_in(folder: Path, key: str, make: bool = True) -> Iterator[None]:
             f"{folder}: in use by {_holder(folder)}; wait for that run, or name another folder "
             f"({key})"
         ) from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
     try:
         sweep(folder)
         told = {"process": os.getpid(), "machine": socket.gethostname(), "since": _now()}
@@ -59,6 +65,30 @@ def alone_in(folder: Path, key: str, make: bool = True) -> Iterator[None]:
         lock.release()
 
 
+@contextlib.contextmanager
+def if_free(path: Path) -> Iterator[bool]:
+    """Hold a lock file through the block if no other run does, and say whether.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     with if_free(Path(folder, ".lock")) as first, if_free(Path(folder, ".lock")) as second:
+    ...         first, second
+    (True, False)
+    """
+    lock, free = FileLock(path), True
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        free = False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    try:
+        yield free
+    finally:
+        lock.release()
+
+
 def _now() -> str:
     return datetime.now().astimezone().isoformat(" ", "seconds")
 
@@ -66,7 +96,7 @@ def _now() -> str:
 def _holder(folder: Path) -> str:
     """Who holds a folder, as far as its note can be read."""
     try:
-        told = json.loads((folder / HOLDER).read_text(encoding="utf-8"))
+        told = json.loads(limited_bytes(folder / HOLDER, MEBIBYTE))
         return f"process {told['process']} on {told['machine']} since {told['since']}"
     except (OSError, ValueError, LookupError, TypeError):
         return "another run"

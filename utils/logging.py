@@ -5,6 +5,7 @@ Messages go to standard error, so that standard output stays free for what a com
 """
 
 import contextlib
+import errno
 import logging
 import os
 import sys
@@ -112,6 +113,8 @@ class VerbosityLogger:
         line = _OneLine(f"{stamp}[%(levelname)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
         self._add(_BesideBars(self.stream), line)
         if file is not None:
+            if file.is_fifo():  # opening it would wait for a reader
+                raise FileExistsError(errno.EEXIST, "a pipe, no log file", str(file))
             file.parent.mkdir(parents=True, exist_ok=True)
             self._file = _ToFile(file, encoding="utf-8")
             self._add(self._file, line)

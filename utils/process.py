@@ -3,33 +3,20 @@ whoever started it."""
 
 import contextlib
 import ctypes
-import json
 import multiprocessing
 import os
 import re
 import signal
-import socket
 import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from datetime import datetime
 from pathlib import Path
 
 from config import Config
-from utils.artefacts import sweep, write_artefact
 from utils.limits import spelt_out
 
-STATES = {
-    0: "done",
-    1: "failed: a bug of the program",
-    2: "failed: configuration",
-    3: "failed: input data or artefact",
-    4: "failed: environment",
-    5: "failed: training diverged",
-    75: "stopped, run again",
-}
 M_ARENA_MAX = -8  # of malloc.h
 ONLINE = (  # GDAL's drivers that reach into the net, or open what other drivers do
     "WMS WMTS WCS HTTP EEDA EEDAI PLMOSAIC STACIT STACTA DAAS OGCAPI WFS OAPIF CSW Elasticsearch "
@@ -172,30 +159,6 @@ def obey(parent: int) -> None:
         told = signal.sigtimedwait({signal.SIGTERM}, LOOK)
         if told is not None and told.si_pid == parent:
             return
-
-
-def write_status(folder: Path, code: int | None, message: str = "") -> None:
-    """Write status.json, for batch scripts: how a run ended, or that it goes on (code None).
-
-    Not where the folder cannot be written to: the exit code and the log say the same.
-
-    >>> from tempfile import TemporaryDirectory
-    >>> with TemporaryDirectory() as folder:
-    ...     write_status(Path(folder), 75, "stopped by a signal")
-    ...     json.loads(Path(folder, "status.json").read_text())["state"]
-    'stopped, run again'
-    """
-    told = {
-        "state": "running" if code is None else STATES[code],
-        "exit_code": code,
-        "message": message,
-        "process": os.getpid(),
-        "machine": socket.gethostname(),
-        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
-    }
-    with contextlib.suppress(OSError):
-        sweep(folder)  # what a run left that was killed while it wrote the same
-        write_artefact(folder / "status.json", f"{json.dumps(told, indent=2)}\n".encode())
 
 
 def exit_code_of(error: Exception) -> int | None:

@@ -113,7 +113,7 @@ def file_text(path: Path, name: str) -> str:
         line = content.count(b"\n", 0, error.start) + 1
         raise ConfigError([f"{name}:{line}:1: not UTF-8, expected a text file in UTF-8"]) from error
     except ValueError as error:
-        raise ConfigError([f"{name}: {error}"]) from error
+        raise ConfigError([f"{name}: cannot read the config: {error}"]) from error
 
 
 def dump(data: dict) -> str:

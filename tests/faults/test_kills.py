@@ -24,7 +24,9 @@ KEYS = {
     "inference": {"batch_size": 2, "tta": {"horizontal_flip": True}, "confidence": "sure.tif"},
 }
 END = {"verify": 3}  # the exit code of a phase that finds bad tiles and may not make them again
-OWN = {"run.log", "status.json", ".lock", ".lock.json"}  # of each run: times, the process's number
+OWN = {  # of each run: times, the process's number
+    "run.log", "status.json", ".status.lock", ".lock", ".lock.json",
+}  # fmt: skip
 
 
 class Stage:
