@@ -141,6 +141,7 @@ PYTHON = sys.executable
 
 def manifest_of(channels: int = 32, levels: int = 2, **changes: Any) -> Manifest:
     """What a cache of these tests is, without a cache."""
+    classes = range(changes.get("num_classes", CLASSES))
     settings = {
         "backbone": "./backbone",
         "backbone_hash": "0" * 64,
@@ -162,8 +163,8 @@ def manifest_of(channels: int = 32, levels: int = 2, **changes: Any) -> Manifest
         "ignore_index": IGNORE,
         "label_rules": {},
         "filters": {},
-        "class_names": [f"class {number}" for number in range(CLASSES)],
-        "class_colors": COLORS.tolist(),
+        "class_names": [f"class {number}" for number in classes],
+        "class_colors": [COLORS[number % CLASSES].tolist() for number in classes],
     }
     return Manifest(**settings | changes)
 

@@ -68,8 +68,6 @@ def test_the_script_of_the_gpu_runs_on_a_cpu_too(monkeypatch):
     found = {row.what: row.measured for row in rows}
     assert len(found) == 9
     assert all(math.isfinite(value) and value > 0 for value in found.values())
-    for phase in ("prepare", "inference"):
-        assert 0 < found[f"{phase}: share of the bare forward"] < 1.5
 
 
 def test_without_a_gpu_its_script_says_so_in_one_line(monkeypatch, capsys):

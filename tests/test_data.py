@@ -425,7 +425,8 @@ def test_a_tile_drawn_twice_in_an_epoch_is_turned_anew_each_time(folder):
 
 
 def test_samples_have_all_the_bands_that_are_cached(folder):
-    write_manifest(made_of(bands=[3, 2, 1, 4], ranges=[[0.0, 255.0]] * 4), folder)
+    of_bands = {"image_mean": [0.5] * 4, "image_std": [0.25] * 4, "ranges": [[0.0, 255.0]] * 4}
+    write_manifest(made_of(bands=[3, 2, 1, 4], **of_bands), folder)
     for name in NAMES:
         part = placed_tile()
         infrared = part["label"][None]

@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"utils.artefacts", "utils.records", "utils.tiling", "utils.limits", "utils.formats"},
+    {"utils.claims"},
     {
         "utils.strict_yaml", "utils.key_rules", "utils.cache", "utils.sampling",
         "utils.losses", "utils.metrics", "utils.optim", "utils.logging", "utils.landscape",

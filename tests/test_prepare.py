@@ -868,7 +868,8 @@ def test_a_truncated_scene_is_named_before_anything_is_made(project):
 
 def begun(folder, **changes) -> None:
     folder.mkdir()
-    write_manifest(projects.manifest_of(ranges=[[10.0, 90.0]], bands=[1], **changes), folder)
+    one = {"bands": [1], "rgb": [0] * 3, "image_mean": [0.5], "image_std": [0.25]}
+    write_manifest(projects.manifest_of(ranges=[[10.0, 90.0]], **one, **changes), folder)
 
 
 def test_what_auto_found_once_is_kept_and_numbers_given_are_not(tmp_path):

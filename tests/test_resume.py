@@ -98,6 +98,16 @@ def test_a_finished_training_is_left_alone(config, capsys):
     assert times(config.parent / "weights") == kept
 
 
+def test_a_metrics_file_that_is_gone_or_damaged_is_written_again(config):
+    assert project.run(config, *ONLY_TRAIN) == 0
+    metrics = config.parent / "weights" / "metrics.csv"
+    whole = metrics.read_bytes()
+    for damage in (metrics.unlink, lambda: metrics.write_bytes(whole[::-1])):
+        damage()
+        assert project.run(config, *ONLY_TRAIN) == 0
+        assert metrics.read_bytes() == whole
+
+
 def times(folder: Path) -> dict[str, int]:
     """When weights, states and metrics.csv were written."""
     files = [*folder.glob("*.pth"), folder / "metrics.csv"]
@@ -162,16 +172,21 @@ def test_a_damaged_state_gives_way_to_the_one_before_it(config, monkeypatch, cap
     assert results(config.parent / "weights") == results(config.parent / "whole")
 
 
+def progress_in(epoch: int) -> Progress:
+    """A training that has come to an epoch."""
+    return Progress(epoch, history=[{"epoch": number} for number in range(1, epoch)])
+
+
 def test_a_damaged_state_never_takes_the_place_of_the_one_before_it(tmp_path, log):
     resume = Resume(tmp_path / "unet_last.pth", {"seed": 1})
     for epoch in (1, 2):
-        resume.keep(Progress(epoch=epoch))
+        resume.keep(progress_in(epoch))
     (tmp_path / "unet_last.pth").write_bytes(b"half of a state")
     again = Resume(tmp_path / "unet_last.pth", {"seed": 1})
     assert again.find(log).epoch == 1
-    again.keep(Progress(epoch=3))
+    again.keep(progress_in(3))
     assert load(before(again.path))["epoch"] == 1
-    again.keep(Progress(epoch=4))
+    again.keep(progress_in(4))
     assert [load(path)["epoch"] for path in (before(again.path), again.path)] == [3, 4]
 
 

@@ -3,6 +3,7 @@
 artefacts    files that are whole or absent
 limits       how much is read of a file, text shown as one line
 records      whether what a file gives has the types declared
+claims       whether what a manifest or checkpoint says of itself can be
 formats      which drivers a raster's ending allows, what its header may claim
 vrt          what a VRT may name
 locks        one run at a time in a folder

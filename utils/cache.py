@@ -33,6 +33,7 @@ from utils.artefacts import (
     patiently,
     write_artefact,
 )
+from utils.claims import contradicting, odd_scene
 from utils.limits import MEBIBYTE, limited_bytes
 from utils.records import unfit
 from utils.tiling import tiles
@@ -99,7 +100,7 @@ class Manifest:
     class_names: list[str]
     class_colors: list[list[int]]
     cache: str = "features"
-    views: list[list[int]] = field(default_factory=lambda: [[False, False, 0]])
+    views: list[list[bool | int]] = field(default_factory=lambda: [[False, False, 0]])
     auto_range: bool = False
     ground_gsd: float | None = None
     scenes: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -216,9 +217,26 @@ def read_manifest(folder: Path) -> Manifest:
         if odd := unfit(Manifest, content):
             raise ValueError(f"entries that prepare does not write: {', '.join(odd)}")
         del content["fingerprint"]  # which follows from the others
-        return Manifest(**content)
+        manifest = Manifest(**content)
+        if odd := contradicting(manifest) + untrue(manifest):
+            raise ValueError(f"entries that mean nothing: {', '.join(odd)}")
+        return manifest
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise CacheError(f"{path}: not a manifest ({error}); delete {folder}") from error
+
+
+def untrue(manifest: Manifest) -> list[str]:
+    """The fields of a manifest's own whose values prepare does not write."""
+    views, classes = manifest.views, manifest.num_classes
+    turns = all([type(part) for part in view] == [bool, bool, int] for view in views)
+    counts = manifest.tiles.values()
+    sound = {
+        "cache": manifest.cache in ("features", "tiles"),
+        "views": turns and views[:1] == [[False, False, 0]],
+        "scenes": not any(map(odd_scene, manifest.scenes.values())),
+        "tiles": all(len(each) == classes and min(each) >= 0 for each in counts),
+    }
+    return [name for name, right in sound.items() if not right]
 
 
 def checksum_of(content: dict[str, Any]) -> str:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from config import Config, Dataset
 from utils.artefacts import write_artefact
-from utils.cache import FEATURE_DTYPES, Manifest, load_plain, same_in, seen_bands
+from utils.cache import Manifest, load_plain, same_in, seen_bands
+from utils.claims import contradicting
 from utils.distributed import has_bf16
 from utils.logging import VerbosityLogger
 from utils.records import unfit
@@ -109,24 +110,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if odd := unfit(Checkpoint, content) or contradicting(Checkpoint(**content)):
         raise CheckpointError(f"{path}: entries that no training writes: {', '.join(odd)}")
     return Checkpoint(**content)
-
-
-def contradicting(checkpoint: Checkpoint) -> list[str]:
-    """The fields that do not go with others, or have values that mean nothing."""
-    bands = len(checkpoint.bands)
-    sound = {
-        "bands": bands > 0,
-        "ranges": [len(pair) for pair in checkpoint.ranges] == [2] * bands,
-        "rgb": bool(checkpoint.rgb) and all(0 <= place < bands for place in checkpoint.rgb),
-        "image_mean": len(checkpoint.image_mean) == bands,
-        "image_std": len(checkpoint.image_std) == bands,
-        "num_classes and class_names": len(checkpoint.class_names) == checkpoint.num_classes,
-        "num_classes and class_colors": [len(color) for color in checkpoint.class_colors]
-        == [3] * checkpoint.num_classes,
-        "feature_dtype": checkpoint.feature_dtype in FEATURE_DTYPES,
-        "precision": checkpoint.precision in ("fp32", "bf16"),
-    }
-    return [name for name, right in sound.items() if not right]
 
 
 def load_weights(head: nn.Module, checkpoint: Checkpoint, path: Path) -> None:

@@ -38,6 +38,7 @@ from utils.metrics import Score, SegmentationMetrics, best_class
 from utils.optim import EarlyStopping, build_optimizer, build_schedule
 from utils.process import STOP, StoppedError
 from utils.quantize import restored
+from utils.records import alike
 from utils.resume import Progress, Resume, StateError
 from utils.space import Need, require_space
 from utils.tiling import batched
@@ -113,7 +114,11 @@ class Step:
         }
 
     def load_state_dict(self, parts: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Go on from a `state_dict`; ValueError where it is of another head or optimizer."""
+        ours = self.state_dict()
+        odd = [name for name in ours if name != "optimizer" and not alike(parts[name], ours[name])]
+        if odd:
+            raise ValueError(f"{' and '.join(odd)} of other shapes or types")
         self.head.load_state_dict(parts["head"])
         if self.ema:
             self.ema.load_state_dict(parts["ema"])
@@ -176,6 +181,15 @@ class Step:
         if self.ema:
             self.ema.update_parameters(self.head)
 
+    def stands_at(self, progress: Progress) -> bool:
+        """Whether the schedule has come as far as a progress says."""
+        epochs = self.section.epochs
+        windows = self.schedule.total_steps // epochs  # one more than the steps: `build_schedule`
+        done = (progress.epoch - 1) * windows + progress.windows
+        in_epoch = 0 <= progress.windows <= windows and progress.epoch <= epochs
+        ended = progress.finished and progress.windows == 0
+        return self.schedule.last_epoch == done and (in_epoch or ended)
+
     @property
     def place(self) -> str:
         """The step that is under way, and its rates."""
@@ -224,6 +238,8 @@ class Keeper:
         try:
             self.step.load_state_dict(found.parts)
             self.stopping.load_state_dict(found.stopping)
+            if not self.step.stands_at(found):
+                raise ValueError(f"it is not in epoch {found.epoch} after {found.windows} steps")
         except DAMAGE as error:
             raise StateError(
                 f"{self.resume.path}: does not fit the head and its optimizer "
@@ -337,6 +353,8 @@ def fit(
     step = Step(head, normalize, section, manifest, steps, run, device, weights, encode)
     keeper = Keeper(step, EarlyStopping(section.patience), resume, section.checkpoint_minutes)
     progress = keeper.find(log)
+    if progress.history and run.is_main:  # as the state has it, whatever became of the file
+        write_history(progress.history, section.weights_dir / "metrics.csv")
     if progress.finished:
         log.info(f"train: already complete, {progress.epoch - 1} epochs")
     elif run.is_main:
@@ -427,12 +445,15 @@ def row_of(epoch: int, losses: TrainLosses, score: Score, step: Step) -> dict[st
 
 
 def write_history(history: list[dict[str, float]], path: Path) -> None:
-    """Write metrics.csv, all of it."""
+    """Write metrics.csv, all of it; one that says the same is left alone."""
     text = io.StringIO()
     table = csv.DictWriter(text, fieldnames=list(history[0]), lineterminator="\n")
     table.writeheader()
     table.writerows({key: f"{value:.9g}" for key, value in row.items()} for row in history)
-    write_artefact(path, text.getvalue().encode())
+    content = text.getvalue().encode()
+    there = path.is_file() and path.stat().st_size == len(content)
+    if not there or path.read_bytes() != content:
+        write_artefact(path, content)
 
 
 def best_path(weights_dir: Path, head: str) -> Path:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import OneCycleLR
 
+from utils.records import alike
+
 A, B, C = 3.4445, -4.7750, 2.0315  # Jordan's quintic a·x + b·x³ + c·x⁵, as steep as can be at zero
 EPS = 1e-7
 DEFAULTS = {  # what a group of this kind has unless it says otherwise
@@ -155,6 +157,20 @@ class Muon(torch.optim.Optimizer):
         if kind == "muon" and any(p.ndim < 2 for p in self.param_groups[-1]["params"]):
             self.param_groups.pop()
             raise ValueError("Muon needs weights of two dimensions or more; 1-D: kind='adamw'")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a `state_dict`; ValueError where it is not of these parameters and groups."""
+        ours = self.state_dict()["param_groups"]
+        if not alike(state_dict["param_groups"], ours):
+            raise ValueError("param groups are not this optimizer's")
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for number, held in state_dict["state"].items():
+            kept = {name: tensor.shape for name, tensor in held.items()}
+            shape, scalar = parameters[number].shape, torch.Size()
+            averages = {"step": scalar, "exp_avg": shape, "exp_avg_sq": shape}
+            if kept not in ({"momentum_buffer": shape}, averages):
+                raise ValueError(f"what is remembered of parameter {number} has other shapes")
+        super().load_state_dict(state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

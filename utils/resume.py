@@ -19,7 +19,7 @@ from config import Augmentations, Train
 from utils.artefacts import write_artefact
 from utils.cache import Manifest, hash_of, load_plain
 from utils.metrics import Score
-from utils.records import unfit
+from utils.records import fits, unfit
 
 FORMAT = 1
 HARMLESS = {  # what a run may change and go on
@@ -32,7 +32,8 @@ OF_CACHE = (
 )  # fmt: skip
 
 
-BEST = {"epoch", "path", *(each.name for each in fields(Score))}  # of the best epoch
+BEST = {"epoch": int, "path": str} | {each.name: each.type for each in fields(Score)}
+SUMS = 5  # loss, ce, dice, aux, pixels
 
 
 class StateError(Exception):
@@ -194,9 +195,26 @@ def load(path: Path) -> dict[str, Any]:
     if set(content) != wanted:
         odd = ", ".join(sorted(wanted ^ set(content)))
         raise StateError(f"{path}: missing or unknown entries: {odd}")
-    odd = unfit(Progress, content)
-    if not odd and content["best"] is not None and set(content["best"]) != BEST:
-        odd = ["best"]
-    if odd:
+    if not fits(content["identity"], dict[str, Any]):
+        raise StateError(f"{path}: entries that no training writes: identity")
+    if odd := unfit(Progress, content) or contradicting(content):
         raise StateError(f"{path}: entries that no training writes: {', '.join(odd)}")
     return content
+
+
+def contradicting(content: dict[str, Any]) -> list[str]:
+    """The entries of a state that do not go with others, or mean nothing."""
+    best, history, epoch = content["best"], content["history"], content["epoch"]
+    ranks = content["identity"].get("number of processes")
+    as_kept = best is None or (
+        set(best) == set(BEST) and all(fits(best[name], kind) for name, kind in BEST.items())
+    )
+    sound = {
+        "epoch and history": epoch == len(history) + 1,
+        "history": all(list(row) == list(history[0]) for row in history),
+        "windows": content["windows"] >= 0,
+        "sums": len(content["sums"]) in (0, ranks)
+        and all(len(each) == SUMS for each in content["sums"]),
+        "best": as_kept,
+    }
+    return [name for name, right in sound.items() if not right]
