@@ -21,12 +21,14 @@ from models.backbone import build_backbone, describe_backbone, write_random_back
 from models.segmenter import Segmenter
 from utils.inference import (
     Trained,
+    check_outputs,
     mean_of_views,
     predict_scene,
     predict_scenes,
     views,
     warn_of_gsd,
 )
+from utils.locks import LockError
 from utils.logging import VerbosityLogger
 from utils.maps import default_legend
 from utils.products import InferenceError
@@ -415,7 +417,7 @@ def test_rows_of_another_run_or_damaged_ones_are_made_again(tmp_path, change):
     network.tiles = 0
     end_after(section, network, 7)
     network.tiles = 0
-    kept = sorted((tmp_path / ".map.tif.resume").glob("*.npz"))
+    kept = sorted((tmp_path / ".map.tif.resume").glob("*.rows"))
     trained, again = trained_on(3), 10
     if change == "settings":
         section = section_of(tmp_path, **keys | {"blend": "linear"})
@@ -435,6 +437,32 @@ def test_rows_of_another_run_or_damaged_ones_are_made_again(tmp_path, change):
     assert network.tiles == again
     if change != "weights":  # which the map's tags tell
         assert (tmp_path / "map.tif").read_bytes() == wanted
+
+
+def test_a_second_run_that_maps_the_same_scene_is_refused_and_spoils_nothing(tmp_path):
+    write_scene(tmp_path, 640, 64)
+    section, network = section_of(tmp_path, tile_size=64, overlap=0.0, batch_size=1), Unlike(64, 3)
+    predict(section, network, 3)
+    wanted, refused = (tmp_path / "map.tif").read_bytes(), []
+
+    def meeting_another(pixels):
+        with pytest.raises(LockError, match=r"in use by process .*\(inference\.output_tif\)$"):
+            predict(section, network, 3)
+        refused.append(True)
+        return network(pixels)
+
+    predict(section, meeting_another, 3)
+    assert refused
+    assert (tmp_path / "map.tif").read_bytes() == wanted
+    assert not (tmp_path / ".map.tif.resume").exists()
+
+
+def test_a_file_in_the_journal_s_place_is_one_line(tmp_path):
+    write_scene(tmp_path, 64, 64)
+    (tmp_path / ".map.tif.resume").write_text("odd")
+    section = section_of(tmp_path, tile_size=64)
+    with pytest.raises(InferenceError, match=r"\.map\.tif\.resume: is no folder.*; remove it$"):
+        check_outputs(section, [SceneFile("scene", section.input_tif)], False)
 
 
 def test_a_scene_that_is_missing_is_named(tmp_path):

@@ -35,7 +35,7 @@ from utils.artefacts import (
 )
 from utils.claims import contradicting, odd_scene
 from utils.limits import MEBIBYTE, limited_bytes
-from utils.records import unfit
+from utils.records import has_format, unfit
 from utils.tiling import tiles
 
 MANIFEST = "manifest.json"
@@ -210,7 +210,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         content = json.loads(plain_bytes(path, LARGEST_MANIFEST))
         checksum = content.pop("checksum", None)
-        if content.get("format") != FORMAT or set(content) != {f.name for f in fields(Manifest)}:
+        if not has_format(content, FORMAT) or set(content) != {f.name for f in fields(Manifest)}:
             raise ValueError(f"format {content.get('format')!r}, expected {FORMAT}")
         if checksum != checksum_of(content):
             raise ValueError("damaged: it is not what its checksum is of")

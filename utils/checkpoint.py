@@ -17,7 +17,7 @@ from utils.cache import Manifest, load_plain, same_in, seen_bands
 from utils.claims import contradicting
 from utils.distributed import has_bf16
 from utils.logging import VerbosityLogger
-from utils.records import unfit
+from utils.records import has_format, unfit
 from utils.turns import first_turns
 
 FORMAT = 3
@@ -100,7 +100,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         content = load_plain(path)
     except ValueError as error:
         raise CheckpointError(f"{path}: damaged, or not a checkpoint ({error})") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not has_format(content, FORMAT):
         raise CheckpointError(f"{path}: not a DINOv3Seg checkpoint of format {FORMAT}")
     content = {key: value for key, value in content.items() if key != "format"}
     wanted = {field.name for field in fields(Checkpoint)}

@@ -18,6 +18,7 @@ SCENE = {  # what a manifest says of a scene
     "modified": int,
     "labels": dict[str, dict[str, int]],
 }
+MOST_CHANNELS = 2**15  # of a feature map; the largest DINOv3 has 4096
 LARGEST_LABEL = 2**31  # label values lie below
 FEATURE_DTYPES = ("fp16", "bf16", "int8")
 
@@ -35,7 +36,7 @@ def contradicting(made: Any) -> list[str]:
         "gsd": made.gsd is None or _size(made.gsd),
         "ground_gsd": made.ground_gsd is None or _size(made.ground_gsd),
         "layers": bool(made.layers) and made.layers[0] >= 0 and _rise(made.layers),
-        "channels": made.channels > 0,
+        "channels": 0 < made.channels <= MOST_CHANNELS,
         "tile_size and patch_size": made.tile_size > 0 < made.patch_size
         and made.tile_size % made.patch_size == 0,
         "ignore_index and num_classes": 0 < classes <= made.ignore_index < LARGEST_LABEL,

@@ -18,7 +18,7 @@ from utils.blending import Strip
 from utils.checkpoint import Checkpoint
 from utils.distributed import autocast, most_at_once, upload
 from utils.ground import PolygonError
-from utils.journal import Journal, journal_folder
+from utils.journal import Journal, journal_folder, journal_held
 from utils.logging import VerbosityLogger
 from utils.maps import Legend, MapError, MapWriter, UnwrittenError
 from utils.polygons import UnwrittenPolygonsError, write_polygons
@@ -30,6 +30,7 @@ from utils.products import (
     Product,
     Sheet,
     blend_of,
+    layouts_of,
     products_of,
     raster_path,
     room_for,
@@ -227,6 +228,9 @@ def check_outputs(section: Inference, scenes: Sequence[SceneFile], several: bool
     """Refuse to write over a scene, over another output, or into a folder that is a file."""
     taken = {scene.path.resolve(): f"the scene {scene.path}" for scene in scenes}
     for scene in scenes:
+        journal = journal_folder(raster_path(section.output_tif, scene.name, several))
+        if journal.exists() and not journal.is_dir():
+            raise InferenceError(f"{journal}: is no folder, as the finished rows need; remove it")
         for path in outputs_of(section, scene.name, several):
             if other := taken.get(path.resolve()):
                 raise InferenceError(f"{path}: would be written over {other}; name another file")
@@ -267,19 +271,19 @@ def predict_scene(
 ) -> None:  # fmt: skip
     """Map one scene on its own grid; a product gets its name when it is whole."""
     products = products_of(section, file.name, several, trained.legend)
-    with open_scene(file.path, trained.reading, file.name) as scene:
+    resume = products[0].path
+    with contextlib.ExitStack() as stack:
+        scene = stack.enter_context(open_scene(file.path, trained.reading, file.name))
         warn_of_gsd(scene, trained, log)
         check_space(section, scene, products, several)
+        stack.enter_context(journal_held(resume, "inference.output_tif"))
         write = write_products if scene.grid == scene.own_grid else resample_products
-        resume = products[0].path
         journal = write(section, scene, products, resume, network, trained, device, log)
-    if (polygons := polygons_path(section, file.name, several)) is not None:
-        names = trained.legend.names
-        count = write_polygons(
-            products[0].path, polygons, names, section.min_area, section.simplify
-        )
-        log.info(f"inference: {count} polygons in {polygons}")
-    journal.discard()
+        if (polygons := polygons_path(section, file.name, several)) is not None:
+            names, least = trained.legend.names, section.min_area
+            count = write_polygons(resume, polygons, names, least, section.simplify)
+            log.info(f"inference: {count} polygons in {polygons}")
+        journal.discard()
 
 
 def check_space(
@@ -327,7 +331,9 @@ def write_products(
     grid, count = scene.grid, len(trained.legend.names)
     strips = strips_of(section, grid, products, count)
     work = plan_of(section, scene, strips, log)
-    journal = Journal(resume, journal_plan(section, scene, products, strips, trained))
+    rows = sorted({tile.row for _, tile in work})
+    plan = journal_plan(section, scene, products, strips, trained)
+    journal = Journal(resume, plan, layouts_of(strips, rows, grid.height, products))
     tags = tags_of(scene, trained)
     with contextlib.ExitStack() as stack:
         sheets = []
@@ -336,7 +342,6 @@ def write_products(
                 product.path, scene.grid, product.content, section.format, tags
             )
             sheets.append(Sheet(product, stack.enter_context(writer), section.tile_size))
-        rows = sorted({tile.row for _, tile in work})
         mosaic = Mosaic(strips, rows, blend_of(section, grid, count, device), sheets, journal)
         batch = min(section.batch_size, most_at_once(device) or section.batch_size)
         left = work_left(work, mosaic, batch)

@@ -1,23 +1,46 @@
 """Finished rows of a map that is still being made, so that a killed run does not start over.
 
-A hidden folder beside the map holds what the map is to be (plan.json) and a file for each finished
-row of tiles: its rows of every raster, as stored. A run with another plan starts anew.
+A hidden folder beside the map holds a file for each finished row of tiles: its rows of every
+raster, as they lie in memory, and their CRC-32. Its name says of which plan it is, by a hash of all
+that the rows depend on; how large it must be is known. Rows of another plan are deleted.
 """
 
+import contextlib
+import hashlib
 import json
+import re
 import shutil
-import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from utils.artefacts import write_artefact
+from utils.cache import plain_bytes
+from utils.locks import alone_in
 
-PLAN = "plan.json"
-DAMAGE = (OSError, ValueError, EOFError, LookupError, zipfile.BadZipFile, zlib.error)
+NAME = re.compile(r"c(\d{8})_r(\d{8})_([0-9a-f]{16})\.rows")
+CHECKSUM = 4  # bytes
+
+Place = tuple[int, int]  # the first column and row
+
+
+class Layout(NamedTuple):
+    """The rows of one raster: (bands, rows, columns), and their type."""
+
+    shape: tuple[int, int, int]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that they take.
+
+        >>> Layout((1, 384, 700), "uint8").nbytes
+        268800
+        """
+        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
 
 
 def journal_folder(output: Path) -> Path:
@@ -29,63 +52,90 @@ def journal_folder(output: Path) -> Path:
     return output.with_name(f".{output.name}.resume")
 
 
+@contextlib.contextmanager
+def journal_held(output: Path, key: str) -> Iterator[None]:
+    """Hold a map's journal against other runs; `key` names the setting of the map's path.
+
+    One without a row does not stay.
+    """
+    folder = journal_folder(output)
+    with alone_in(folder, key):
+        try:
+            yield
+        finally:
+            if not any(folder.glob("*.rows")):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 class Journal:
     """The rows that are finished, by the first column and row of each.
 
+    plan: all that they depend on; layouts: of every row that the map will have, raster by raster.
+
     >>> from tempfile import TemporaryDirectory
+    >>> layouts = {(0, 0): [Layout((1, 384, 700), "uint8")], (0, 384): []}
     >>> with TemporaryDirectory() as folder:
     ...     path, rows = Path(folder, "map.tif"), [np.ones((1, 384, 700), np.uint8)]
-    ...     Journal(path, {"tile": 512}).keep((0, 0), rows)
-    ...     again, other = Journal(path, {"tile": 512}), Journal(path, {"tile": 256})
-    ...     again.places, other.places
+    ...     Journal(path, {"tile": 512}, layouts).keep((0, 0), rows)
+    ...     again = Journal(path, {"tile": 512}, layouts).places
+    ...     again, Journal(path, {"tile": 256}, layouts).places
     ({(0, 0)}, set())
     """
 
-    def __init__(self, output: Path, plan: Mapping[str, Any]) -> None:
-        self.folder = journal_folder(output)
-        self._text = json.dumps(plan, sort_keys=True).encode()
-        self._begun = self._found() == self._text
-        if not self._begun:
-            self.discard()
+    def __init__(
+        self, output: Path, plan: Mapping[str, Any], layouts: Mapping[Place, Sequence[Layout]]
+    ) -> None:
+        self.folder, self.layouts = journal_folder(output), layouts
+        text = json.dumps(plan, sort_keys=True)
+        self._plan = hashlib.sha256(text.encode()).hexdigest()[:16]
+        found = ((path, NAME.fullmatch(path.name)) for path in self.folder.glob("c*"))
         self.places = {
-            place for path in self.folder.glob("*.npz") if (place := self._place(path)) is not None
+            place for path, name in found if name and (place := self._place(path, name)) is not None
         }
 
-    def _found(self) -> bytes | None:
-        try:
-            return (self.folder / PLAN).read_bytes()
-        except OSError:
-            return None
+    def _place(self, path: Path, name: re.Match[str]) -> Place | None:
+        """The place of a row that is whole and of this plan; another one is deleted."""
+        place = int(name[1]), int(name[2])
+        if name[3] == self._plan and place in self.layouts:
+            try:
+                self.read(place)
+                return place
+            except ValueError:
+                pass
+        path.unlink(missing_ok=True)
+        return None
 
-    def _path(self, place: tuple[int, int]) -> Path:
+    def _path(self, place: Place) -> Path:
         col, row = place
-        return self.folder / f"c{col:08d}_r{row:08d}.npz"
+        return self.folder / f"c{col:08d}_r{row:08d}_{self._plan}.rows"
 
-    def _place(self, path: Path) -> tuple[int, int] | None:
-        """The place of a row whose file is whole; a damaged one is deleted."""
-        try:
-            col, row = (int(part[1:]) for part in path.stem.split("_"))
-            self._read(path)
-        except DAMAGE:
-            path.unlink(missing_ok=True)
-            return None
-        return col, row
-
-    def _read(self, path: Path) -> list[np.ndarray]:
-        with np.load(path, allow_pickle=False) as stored:  # checks each member's CRC
-            return [stored[f"arr_{number}"] for number in range(len(stored.files))]
-
-    def keep(self, place: tuple[int, int], rows: Sequence[np.ndarray]) -> None:
+    def keep(self, place: Place, rows: Sequence[np.ndarray]) -> None:
         """Add finished rows, one array (bands, n, width) for each raster."""
-        if not self._begun:
-            write_artefact(self.folder / PLAN, self._text)
-            self._begun = True
-        write_artefact(self._path(place), lambda file: np.savez(file, *rows))
 
-    def read(self, place: tuple[int, int]) -> list[np.ndarray]:
-        """Rows that were kept."""
-        return self._read(self._path(place))
+        def write(file: BinaryIO) -> None:
+            checksum = 0
+            for part in map(np.ascontiguousarray, rows):
+                file.write(part.data)
+                checksum = zlib.crc32(part, checksum)
+            file.write(checksum.to_bytes(CHECKSUM, "little"))
+
+        write_artefact(self._path(place), write)
+
+    def read(self, place: Place) -> list[np.ndarray]:
+        """Rows that were kept; ValueError where they are not whole."""
+        layouts = self.layouts[place]
+        size = sum(layout.nbytes for layout in layouts)
+        stored = plain_bytes(self._path(place), size + CHECKSUM)
+        content, checksum = memoryview(stored)[:size], stored[size:]
+        if zlib.crc32(content).to_bytes(CHECKSUM, "little") != checksum:
+            raise ValueError("cut short, or not what its checksum is of")
+        rows, start = [], 0
+        for layout in layouts:
+            values = np.frombuffer(content[start : start + layout.nbytes], layout.dtype)
+            rows.append(values.reshape(layout.shape))
+            start += layout.nbytes
+        return rows
 
     def discard(self) -> None:
-        """Delete the folder: the map is whole, or another one is wanted."""
+        """Delete the folder: the map is whole."""
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from config import Inference
 from utils.blending import Blend, Part, Strip, carried_rows, strips
-from utils.journal import Journal
+from utils.journal import Journal, Layout, Place
 from utils.maps import (
     BLOCK,
     Content,
@@ -200,6 +200,24 @@ def room_for(products: Sequence[Product], read: Grid, own: Grid, format: str) ->
     written = own.height * own.width * (COG_ROOM if format == "cog" else 1)
     sizes = (len(each.content.bands) * np.dtype(each.content.dtype).itemsize for each in products)
     return [round(size * (before + written)) for size in sizes]
+
+
+def layouts_of(
+    strips: Sequence[Strip], rows: Sequence[int], height: int, products: Sequence[Product]
+) -> dict[Place, list[Layout]]:
+    """How the finished rows of each place of a map lie in memory, raster by raster.
+
+    rows: where the rows of tiles start; each is finished down to where the next one starts.
+    """
+    contents = [product.content for product in products]
+    return {
+        (strip.start, row): [
+            Layout((len(each.bands), below - row, strip.stop - strip.start), each.dtype)
+            for each in contents
+        ]
+        for strip in strips
+        for row, below in zip(rows, [*rows[1:], height], strict=True)
+    }
 
 
 def blend_of(

@@ -11,6 +11,16 @@ from typing import Any, get_args, get_origin
 from torch import Tensor
 
 
+def has_format(content: Any, number: int) -> bool:
+    """Whether what a file gives is a record of a format.
+
+    >>> has_format({"format": 3}, 3), has_format({"format": "3"}, 3), has_format([], 3)
+    (True, False, False)
+    """
+    found = content.get("format") if isinstance(content, dict) else None
+    return isinstance(found, int) and found == number
+
+
 def unfit(kind: type, content: Mapping[str, Any]) -> list[str]:
     """The names of the fields of a dataclass whose values have not the type declared.
 
@@ -51,6 +61,19 @@ def fits(value: Any, wanted: Any) -> bool:
     if wanted is str:
         return isinstance(value, str) and _can_be_written(value)
     return isinstance(value, wanted)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is one that JSON has: a text, a number, nothing, a list or dict of such.
+
+    >>> is_plain({"patience": [3, None]}), is_plain({"patience": {3}})
+    (True, False)
+    """
+    if isinstance(value, dict):
+        return all(fits(key, str) and is_plain(each) for key, each in value.items())
+    if isinstance(value, list):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, bool) or fits(value, str | float)
 
 
 def _is_number(value: Any, wanted: type) -> bool:

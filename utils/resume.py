@@ -19,7 +19,7 @@ from config import Augmentations, Train
 from utils.artefacts import write_artefact
 from utils.cache import Manifest, hash_of, load_plain
 from utils.metrics import Score
-from utils.records import fits, unfit
+from utils.records import fits, has_format, is_plain, unfit
 
 FORMAT = 1
 HARMLESS = {  # what a run may change and go on
@@ -190,12 +190,13 @@ def load(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise StateError(f"{path}: damaged, or no state of training ({error})") from error
     wanted = {"identity", *(each.name for each in fields(Progress))}
-    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+    if not has_format(content, FORMAT):
         raise StateError(f"{path}: no state of training of format {FORMAT}")
+    del content["format"]
     if set(content) != wanted:
         odd = ", ".join(sorted(wanted ^ set(content)))
         raise StateError(f"{path}: missing or unknown entries: {odd}")
-    if not fits(content["identity"], dict[str, Any]):
+    if not isinstance(content["identity"], dict) or not is_plain(content["identity"]):
         raise StateError(f"{path}: entries that no training writes: identity")
     if odd := unfit(Progress, content) or contradicting(content):
         raise StateError(f"{path}: entries that no training writes: {', '.join(odd)}")
