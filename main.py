@@ -117,15 +117,17 @@ def run_phases(config: Config, log: VerbosityLogger) -> None:
     from utils import phases
     from utils.block_cache import make_room
     from utils.distributed import distributed
-    from utils.preflight import cache_held, look_ahead, weights_held
+    from utils.preflight import cache_held, check_paths, weights_held
 
     make_room(config)
     torch.set_float32_matmul_precision(config.resources.matmul_precision)
     with distributed(config.resources) as run:
         if run.is_main:
-            look_ahead(config)
+            check_paths(config)
         with weights_held(config, run):
             with cache_held(config, run):
+                if run.is_main:
+                    phases.look_ahead(config)
                 enter(phases.prepare, config, run, log)
                 enter(phases.verify, config, run, log)
             enter(phases.train, config, run, log)

@@ -162,10 +162,21 @@ def even_layers(blocks: int) -> tuple[int, ...]:
 def describe_backbone(
     section: Model, bands: Sequence[int] = (1, 2, 3), rgb: Sequence[int] | None = None
 ) -> BackboneSpec:
-    """Read a backbone's own config.json and check the configuration against it.
+    """What a backbone's features depend on, from its own config.json and the configuration.
 
     bands: the numbers of those that are read; rgb: the three, or one repeated, that it sees.
     """
+    own, layers = own_config(section)
+    mean, std, remarks = image_statistics(section)
+    places = rgb_places(bands, rgb)
+    return BackboneSpec(
+        section.backbone, layers, own.hidden_size, own.patch_size,
+        for_bands(mean, places, len(bands)), for_bands(std, places, len(bands)), places, remarks,
+    )  # fmt: skip
+
+
+def own_config(section: Model) -> tuple[Any, tuple[int, ...]]:
+    """A backbone's own config.json, and the blocks to tap; ConfigError where these do not agree."""
     from transformers import AutoConfig
 
     require_possible(section.backbone)
@@ -191,12 +202,7 @@ def describe_backbone(
                 f"{own.hidden_size}; correct it or leave it out"
             ]
         )
-    mean, std, remarks = image_statistics(section)
-    places = rgb_places(bands, rgb)
-    return BackboneSpec(
-        section.backbone, layers, own.hidden_size, own.patch_size,
-        for_bands(mean, places, len(bands)), for_bands(std, places, len(bands)), places, remarks,
-    )  # fmt: skip
+    return own, layers
 
 
 def require_possible(name: str) -> None:

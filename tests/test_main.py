@@ -318,10 +318,12 @@ print(seen)
 
 def test_torch_is_imported_late_and_with_the_configured_threads(tmp_path):
     text = "prepare: {raw_images_dir: a, label_path: b, processed_dir: c}\n"
-    text += "verify: {enable: false}\ntrain: {enable: false}\n"
+    text += "verify: {enable: false}\ntrain: {enable: false}\nmodel: {backbone: ./backbone}\n"
+    write_random_backbone(tmp_path / "backbone", seed=0, **project.BACKBONE)
     (tmp_path / "config.yml").write_text(text)
     (tmp_path / "bad.yml").write_text("trian: {}\n")
-    (tmp_path / "a").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
     command = [project.PYTHON, "-c", LAZY, "config.yml", "bad.yml"]
     result = project.start(command, tmp_path, OMP_NUM_THREADS="2")
     assert result.returncode == 0, result.stderr

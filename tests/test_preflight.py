@@ -10,6 +10,7 @@ import pytest
 import main
 from models.backbone import build_backbone
 from utils import phases
+from utils.locks import alone_in
 from utils.preflight import PlaceError, require_writable
 
 
@@ -59,6 +60,9 @@ def test_a_run_whose_paths_are_right_comes_to_every_phase(config, entered):
         (["train.weights_dir=copy/config.yml"], 4, "correct train.weights_dir"),
         (["paths.processed_dir=copy/config.yml/x"], 4, "correct paths.processed_dir"),
         (["paths.raw_images_dir=nowhere"], 3, "nowhere: no such file or folder"),
+        (["paths.label_path=nowhere"], 3, "nowhere: no such file or folder (paths.label_path)"),
+        (["model.layers=[99]"], 2, "model.layers: found [99]"),
+        (["model.backbone=./nowhere"], 4, "nowhere: "),
         (["prepare.enable=false", "verify.enable=false"], 3, "run prepare first"),
     ],
 )  # fmt: skip
@@ -68,7 +72,26 @@ def test_a_fault_of_any_phase_ends_the_run_before_the_first(
     assert project.run(config, *changes) == code
     assert said in last_line(capsys)
     assert entered == []
-    assert not (config.parent / "cache").exists()
+    assert not list((config.parent / "cache").glob("[!.]*"))
+
+
+def test_of_several_faults_the_one_that_is_cheapest_to_find_is_told(config, capsys, monkeypatch):
+    assert project.run(config, "train.epochs=1", "inference.enable=false") == 0
+    monkeypatch.setattr(phases, "build_backbone", never)
+    faults = [
+        ("inference.output_tif=copy/unseen.tif/map.tif", 4, "correct inference.output_tif"),
+        ("train.weights_dir=copy/held", 4, "in use by process"),
+        ("model.layers=[99]", 2, "model.layers: found [99]"),
+        ("model.num_classes=9", 3, "num_classes is 3, this run has 9"),
+        ("inference.input_tif=copy/config.yml", 3, "config.yml: "),
+        ("dataset.splits.regions=copy/labels.tif", 3, "labels.tif: no vector file"),
+    ]
+    with alone_in(config.parent / "held", "train.weights_dir"):
+        for first, (_, code, said) in enumerate(faults):
+            settings = [setting for setting, *_ in faults[first:]]
+            capsys.readouterr()
+            assert project.run(config, *settings, "prepare.enable=false") == code
+            assert said in last_line(capsys)
 
 
 def test_what_an_earlier_phase_makes_is_not_asked_for(config, entered):

@@ -202,11 +202,17 @@ def write_manifest(manifest: Manifest, folder: Path) -> None:
     write_artefact(folder / MANIFEST, f"{text}\n".encode())
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a cache folder, or an error that says what to do."""
+def require_manifest(folder: Path) -> Path:
+    """The path of a cache's manifest; CacheError where there is none."""
     path = folder / MANIFEST
     if not path.is_file():
         raise CacheError(f"{path}: no such file; run prepare first (prepare.enable: true)")
+    return path
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a cache folder, or an error that says what to do."""
+    path = require_manifest(folder)
     try:
         content = json.loads(plain_bytes(path, LARGEST_MANIFEST))
         checksum = content.pop("checksum", None)

@@ -286,6 +286,23 @@ def predict_scene(
         journal.discard()
 
 
+def check_spaces(section: Inference, scenes: Sequence[SceneFile], trained: Trained) -> None:
+    """Compare what each scene's maps may take with what is free, before weights are loaded.
+
+    Scenes that cannot be read are passed over: that is told where their turn comes.
+    """
+    several = in_folder(section, scenes)
+    for file in scenes:
+        if several and is_finished(section, file, trained):
+            continue
+        products = products_of(section, file.name, several, trained.legend)
+        with (
+            contextlib.suppress(RasterError),
+            open_scene(file.path, trained.reading, file.name) as scene,
+        ):
+            check_space(section, scene, products, several)
+
+
 def check_space(
     section: Inference, scene: Scene, products: Sequence[Product], several: bool
 ) -> None:

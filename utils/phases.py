@@ -13,7 +13,13 @@ import torch
 
 from config import Config, to_yaml
 from models import build_head
-from models.backbone import BackboneSpec, Normalize, build_backbone, describe_backbone
+from models.backbone import (
+    BackboneSpec,
+    Normalize,
+    build_backbone,
+    describe_backbone,
+    own_config,
+)
 from models.segmenter import Segmenter
 from utils.cache import CacheError, Manifest, claim
 from utils.checkpoint import (
@@ -28,11 +34,19 @@ from utils.data import load_split
 from utils.data import verify as check_tiles
 from utils.distributed import Runtime, compiled, device_reason
 from utils.engine import Encode, best_path, fit, keep_best
-from utils.inference import predict_scenes, scenes_to_map, trained_as
+from utils.inference import check_spaces, predict_scenes, scenes_to_map, trained_as
 from utils.loading import make_loaders
 from utils.logging import VerbosityLogger
 from utils.pace import settle_cache
-from utils.prepare import begun_in, count_tiles, describe_cache, encode_on, find_sources
+from utils.preflight import check_content
+from utils.prepare import (
+    begun_in,
+    check_space,
+    count_tiles,
+    describe_cache,
+    encode_on,
+    find_sources,
+)
 from utils.prepare import prepare as cache_tiles
 from utils.quantize import HALF, rounding
 from utils.resume import Resume, identity_of, last_path
@@ -52,6 +66,13 @@ class Described(NamedTuple):
     weights_hash: str
 
 
+def look_ahead(config: Config) -> None:
+    """Raise the error that a phase of this run would end with, from cheap checks to dear ones."""
+    if config.prepare.enable or config.inference.enable:
+        own_config(config.model)
+    check_content(config)
+
+
 def prepare(config: Config, run: Runtime, log: VerbosityLogger) -> None:
     """Cache the frozen features of every labelled tile."""
     section = config.prepare
@@ -64,6 +85,8 @@ def prepare(config: Config, run: Runtime, log: VerbosityLogger) -> None:
     manifest = describe_cache(config, sources, known, device)
     if begun:
         claim(manifest, section.processed_dir)
+    if run.is_main:
+        check_space(section, sources, begun or manifest, config.resources.seed)
     for remark in spec.remarks:
         log.warning(remark)
     backbone = build_backbone(config.model, spec, HALF[section.feature_dtype])
@@ -151,15 +174,16 @@ def inference(config: Config, run: Runtime, log: VerbosityLogger) -> None:
     scenes = scenes_to_map(section)
     device = run.device(section.device)
     log.info(f"inference: {device_reason(section.device, device)}")
+    precision = precision_as_trained(path, checkpoint, config.resources.precision, device, log)
+    trained = trained_as(checkpoint, path, section, precision)
+    check_spaces(section, scenes, trained)
     backbone = build_backbone(config.model, spec, HALF[checkpoint.feature_dtype])
     require_fit(path, checkpoint, config, backbone)
-    precision = precision_as_trained(path, checkpoint, config.resources.precision, device, log)
     head = build_head(
         checkpoint.head, checkpoint.channels, checkpoint.levels, checkpoint.num_classes, len(bands)
     )
     load_weights(head, checkpoint, path)
     segmenter = Segmenter(backbone, head, rounding(checkpoint.feature_dtype)).eval().to(device)
     segmenter.compute_in(precision)
-    trained = trained_as(checkpoint, path, section, precision)
     network = compiled(segmenter, config.resources.compile, device, log)
     predict_scenes(section, scenes, network, trained, device, log)

@@ -1,6 +1,7 @@
 """What would end a later phase, found before an earlier one computes for hours.
 
-Only paths and headers are looked at, and only those that no phase of the run is to make itself.
+From cheap to dear: paths, then locks, then what lies in files, of which only headers are read. What
+a phase of the run is to make itself is not asked for.
 """
 
 import contextlib
@@ -9,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from config import Config
-from utils.cache import read_manifest
-from utils.checkpoint import require_there
+from utils.cache import read_manifest, require_manifest
+from utils.checkpoint import require_cache, require_there
 from utils.distributed import Runtime
 from utils.engine import best_path
 from utils.inference import check_outputs, in_folder, scenes_to_map
@@ -26,30 +27,43 @@ class PlaceError(Exception):
     exit_code = 4
 
 
-def look_ahead(config: Config) -> None:
-    """Raise the error that a phase of this run would end with, from cheap checks to dear ones."""
+def check_paths(config: Config) -> None:
+    """Raise the error of a path that a phase of this run is to read or write in vain."""
     if config.prepare.enable:
-        for source in each_of(config.prepare.raw_images_dir):
-            next(files_of(source, "paths.raw_images_dir"), None)
+        require_files(config.prepare.raw_images_dir, "paths.raw_images_dir")
+        require_files(config.prepare.label_path, "paths.label_path")
     elif config.train.enable:
-        read_manifest(config.train.processed_dir)
+        require_manifest(config.train.processed_dir)
     for path in lists_of(config) if config.train.enable else ():
         require_list(path)
     for key, folder in outputs_of(config):
         require_writable(folder, key)
     if config.inference.enable:
-        check_inference(config)
+        require_weights(config)
+        require_files(config.inference.input_tif, "inference.input_tif")
 
 
-def check_inference(config: Config) -> None:
-    """The weights' file, unless training is to write it, and the headers of the scenes to map."""
-    section = config.inference
+def check_content(config: Config) -> None:
+    """Raise the error that what is there already will end a phase with: cache, then headers."""
+    if config.train.enable and not config.prepare.enable:
+        require_cache(config, read_manifest(config.train.processed_dir))
+    if config.inference.enable:
+        scenes = scenes_to_map(config.inference)
+        check_outputs(config.inference, scenes, in_folder(config.inference, scenes))
+
+
+def require_files(sources: Path | tuple[Path, ...], key: str) -> None:
+    """Raise RasterError where one of the sources that a setting names is not there."""
+    for source in each_of(sources):
+        next(files_of(source, key), None)
+
+
+def require_weights(config: Config) -> None:
+    """Raise CheckpointError where weights to map with are missing that no training is to write."""
     best = best_path(config.train.weights_dir, config.model.head)
-    path = section.checkpoint or best
+    path = config.inference.checkpoint or best
     if not (config.train.enable and path == best):
         require_there(path)
-    scenes = scenes_to_map(section)
-    check_outputs(section, scenes, in_folder(section, scenes))
 
 
 def each_of(sources: Path | tuple[Path, ...]) -> tuple[Path, ...]:

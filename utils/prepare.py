@@ -207,10 +207,7 @@ def prepare(
         _open_cache(folder, sources, wanted, run, log)
     run.wait()
     made = read_manifest(folder)  # as the first rank claimed it: stamps need the scenes
-    work = list(_work(sources, section.tile_size))
-    if run.is_main:
-        check_space(section, sources, made, work, seed)
-    work = work[run.rank :: run.world_size]
+    work = list(_work(sources, section.tile_size))[run.rank :: run.world_size]
     tally = Tally()
     with contextlib.ExitStack() as stack:
         readers = [TileReader(sources, section, made, seed) for _ in range(section.readers)]
@@ -227,15 +224,14 @@ def prepare(
     run.wait()
 
 
-def check_space(
-    section: Prepare, sources: Sources, made: Manifest, work: Sequence[tuple[SceneFile, Tile]],
-    seed: int,
-) -> None:  # fmt: skip
+def check_space(section: Prepare, sources: Sources, made: Manifest, seed: int) -> None:
     """Compare what the tiles left to make will take with what is free, before any is made.
 
-    Where all of them would not fit, a look at some tells how many will be kept.
+    made: the cache that was begun, or is to be; while `dataset.cache: auto` is open, tiles without
+    features are counted. Where all would not fit, a look at some tells how many will be kept.
     """
     folder, there = section.processed_dir, set(tile_names(section.processed_dir, made))
+    work = _work(sources, section.tile_size)
     left = [item for item in work if f"{item[0].name}__{item[1].name}" not in there]
     count = len(left)
     if count * made.tile_bytes > free_at(folder):
