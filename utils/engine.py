@@ -184,7 +184,7 @@ class Step:
     def stands_at(self, progress: Progress) -> bool:
         """Whether the schedule has come as far as a progress says."""
         epochs = self.section.epochs
-        windows = self.schedule.total_steps // epochs  # one more than the steps: `build_schedule`
+        windows = (self.schedule.total_steps - 1) // epochs  # `build_schedule` adds one
         done = (progress.epoch - 1) * windows + progress.windows
         in_epoch = 0 <= progress.windows <= windows and progress.epoch <= epochs
         ended = progress.finished and progress.windows == 0
