@@ -188,6 +188,6 @@ def test_whatever_call_fails_the_next_run_ends_like_an_unbroken_one(stage, phase
         except AssertionError as error:
             raise AssertionError(f"{place}: {error}") from error
         codes[code] += 1
-    assert codes[4] + codes[-signal.SIGKILL] >= len(points) / 2
+    assert codes[4] + codes[-signal.SIGKILL] >= len(points) / 3
     told = f"{len(points)} faults among {len(kinds)} calls, in {len(HOW)} ways: all heal"
     figure(f"a write of {phase} fails", f"{told}, {codes[4]} with one line")
