@@ -9,7 +9,7 @@ import pytest
 import rasterio
 import torch
 
-from benchmarks import gpu, meter, workload
+from benchmarks import gpu, head, meter, workload
 from benchmarks.__main__ import main, scripts
 from benchmarks.inference import windows
 from benchmarks.memory import shape
@@ -68,6 +68,13 @@ def test_the_script_of_the_gpu_runs_on_a_cpu_too(monkeypatch):
     found = {row.what: row.measured for row in rows}
     assert len(found) == 9
     assert all(math.isfinite(value) and value > 0 for value in found.values())
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_is_timed_only_where_the_processor_multiplies_it(monkeypatch, native):
+    monkeypatch.setattr("benchmarks.head.has_bf16", lambda device: native)
+    monkeypatch.setattr("benchmarks.head.alternate", lambda *_: (6.0, 2.0))
+    assert [row.measured for row in head.measure(tiles=1)][1:] == [3.0] * native
 
 
 def test_without_a_gpu_its_script_says_so_in_one_line(monkeypatch, capsys):
