@@ -28,6 +28,7 @@ from utils.raster import Grid
 from utils.tiling import Tile, stride_of
 
 MB = 10**6
+WAITING = 2  # batches of predictions that wait for the thread that blends and writes, at most
 COG_ROOM = 8 / 3  # of a GeoTIFF, its copy with overviews, and overviews, to a GeoTIFF
 
 
@@ -224,12 +225,54 @@ def work_left(
     return []
 
 
-def strips_of(
-    section: Inference, grid: Grid, products: Sequence[Product], num_classes: int
-) -> list[Strip]:
-    """The columns that are mapped together, so that what waits fits `inference.max_memory`."""
-    size = section.tile_size
-    waiting = 4 * num_classes * carried_rows(grid.height, size, stride_of(size, section.overlap))
+class Layout(NamedTuple):
+    """How a scene is mapped: its columns, batches that wait to be blended, bytes held at most.
+
+    >>> Layout([Strip(0, 5120), Strip(5120, 8000)], waiting=2, nbytes=10**9).strips[1].start
+    5120
+    """
+
+    strips: list[Strip]
+    waiting: int
+    nbytes: int
+
+
+def layout_of(
+    section: Inference, grid: Grid, products: Sequence[Product], num_classes: int, batch: int
+) -> Layout:
+    """What stays within `inference.max_memory` with the fewest strips; if nothing does, the least.
+
+    Batches are left as they are, since a network may round otherwise in one of another size.
+    """
+    most = section.max_memory * MB
+    found = [
+        layout
+        for waiting in range(WAITING, 0, -1)
+        for layout in layouts(section, grid, products, num_classes, batch, waiting)
+    ]
+    return min(found, key=lambda layout: (max(layout.nbytes, most), len(layout.strips)))
+
+
+def layouts(
+    section: Inference, grid: Grid, products: Sequence[Product], num_classes: int, batch: int,
+    waiting: int,
+) -> list[Layout]:  # fmt: skip
+    """The scene in one piece, and in strips as wide as `inference.max_memory` lets them be.
+
+    Held are, at any width, the blend's two tiles of sums and the batches: those that wait, and the
+    one that is to. By the column: what a row of tiles leaves to the next, and rows to be written.
+    """
+    size, width = section.tile_size, grid.width
+    pixel = 4 * num_classes
+    always = pixel * size**2 * (2 + (waiting + 1) * batch)
+    carried = pixel * carried_rows(grid.height, size, stride_of(size, section.overlap))
     rows = min(size, grid.height) + BLOCK  # of a row of tiles, and of the block being filled
-    written = sum(len(p.content.bands) * np.dtype(p.content.dtype).itemsize for p in products)
-    return strips(grid.width, waiting + rows * written, section.max_memory * MB, BLOCK)
+    values = sum(len(p.content.bands) * np.dtype(p.content.dtype).itemsize for p in products)
+    column, beside = carried + rows * values, always + 2 * size * carried  # tiles reach beyond
+    whole = always + carried * max(width, size) + rows * values * width
+    parts = strips(width, column, section.max_memory * MB - beside, BLOCK)
+    widest = max(stop - start for start, stop in parts)
+    return [
+        Layout([Strip(0, width)], waiting, whole),
+        Layout(parts, waiting, beside + column * widest),
+    ]
