@@ -4,15 +4,20 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from config import Inference
+from utils.blending import Part
 from utils.inference import plan_of
-from utils.maps import BLOCK, default_legend
-from utils.products import MB, WAITING, Sheet, blend_of, layout_of, products_of
+from utils.maps import BLOCK, class_map, default_legend
+from utils.metrics import best_class
+from utils.products import MB, WAITING, Sheet, blend_of, classes_of, layout_of, products_of
 from utils.raster import north_up
+from utils.tiling import Tile
 
 META = torch.device("meta")  # tensors of any size that take no memory
 
@@ -116,3 +121,34 @@ def test_what_fits_no_max_memory_is_said_in_one_line_with_the_number_that_does()
     )
     assert planned(section_of(needed), classes=1000, batch=2)[1] == []
     assert planned(section_of(1024), classes=20, batch=2)[1] == []
+
+
+# ---- class maps ----
+
+
+@pytest.mark.parametrize("classes", [2, 254, 255, 256, 300])
+@pytest.mark.parametrize("best", [best_class, lambda shares: shares.argmax(0)])
+def test_class_ids_come_down_in_the_type_of_the_map(monkeypatch, classes, best):
+    """As best_class gives them on a CPU and, in 64 bits, on a GPU."""
+    content, down = class_map(default_legend(classes)), []
+    cpu = torch.Tensor.cpu
+    monkeypatch.setattr("utils.products.best_class", best)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda found: down.append(found.dtype) or cpu(found))
+    shares = torch.rand(classes, 9, 40, generator=torch.Generator().manual_seed(classes))
+    shares[:, 0, :3] = 0.0
+    shares[[-1, 0, 1], 0, [0, 1, 2]] = 1.0
+    valid = np.ones((9, 40), bool)
+    valid[3:5] = False
+    found = classes_of(Part(Tile(0, 0, 9, 40), shares, valid))
+    assert found.dtype == content.dtype
+    wanted = np.where(valid, shares.numpy().argmax(0), np.int64(content.nodata))
+    assert np.array_equal(found, wanted)
+    assert [str(dtype) for dtype in down] == [f"torch.{content.dtype}"]
+
+
+@pytest.mark.parametrize("classes", [2, 300])
+def test_pixels_without_data_need_no_class(classes):
+    nothing = Part(Tile(0, 0, 2, 3), torch.full((classes, 2, 3), np.nan), np.zeros((2, 3), bool))
+    content = class_map(default_legend(classes))
+    assert (classes_of(nothing) == content.nodata).all()
+    assert classes_of(nothing).dtype == content.dtype

@@ -57,9 +57,12 @@ class Prediction(NamedTuple):
 def classes_of(part: Part) -> np.ndarray:
     """The most probable class of each pixel, nodata where not valid."""
     nodata = map_nodata(len(part.probabilities))
-    if not part.valid.any():
-        return np.full(part.valid.shape, nodata)
-    return np.where(part.valid, best_class(part.probabilities).cpu().numpy(), nodata)
+    dtype = torch.uint8 if nodata == 255 else torch.uint16
+    classes = torch.full(part.valid.shape, nodata, dtype=dtype)
+    if part.valid.any():
+        found = best_class(part.probabilities).to(dtype).cpu()  # on the device: bytes come down
+        classes = torch.where(torch.from_numpy(part.valid), found, classes)
+    return classes.numpy()
 
 
 def shares_of(part: Part) -> np.ndarray:
