@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 
 import numpy as np
 import project
@@ -31,7 +32,7 @@ from utils.inference import (
 from utils.locks import LockError
 from utils.logging import VerbosityLogger
 from utils.maps import default_legend
-from utils.products import InferenceError
+from utils.products import InferenceError, Mosaic
 from utils.raster import RasterError, Reading, open_scene
 from utils.scenes import SceneFile, find_scenes
 from utils.tiling import stride_of, tiles
@@ -507,6 +508,29 @@ def test_a_map_in_strips_is_the_map_of_one_piece_byte_for_byte(tmp_path, monkeyp
     (whole, once), (parts, more) = found
     assert whole == parts
     assert once == len(tiles(300, 1400, 64, 0.3)) < more
+
+
+@pytest.mark.parametrize(("megabytes", "waiting"), [(1024, 2), (0.2, 1)])
+def test_no_more_batches_are_held_than_were_counted(tmp_path, monkeypatch, megabytes, waiting):
+    """Those that wait, one of them being blended, and the one that is to join them."""
+    monkeypatch.setattr("utils.products.MB", 10**6 * megabytes / 1024)
+    write_scene(tmp_path, 70, 400)
+    network, taken, held = Unlike(64, 3), [], []
+    take = Mosaic.take
+
+    def slow(mosaic, strip, prediction):
+        time.sleep(0.01)
+        take(mosaic, strip, prediction)
+        taken.append(prediction.tile)
+
+    def counting(pixels):
+        found = network(pixels)
+        held.append(network.tiles - len(taken))
+        return found
+
+    monkeypatch.setattr(Mosaic, "take", slow)
+    predict(section_of(tmp_path, tile_size=64, overlap=0.5, batch_size=1), counting, 3)
+    assert max(held) <= waiting + 1
 
 
 @pytest.mark.parametrize("answer", [float("nan"), float("inf")])

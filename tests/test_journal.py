@@ -6,11 +6,11 @@ import os
 import pytest
 
 from utils import cache
-from utils.journal import Journal, Layout, journal_folder, journal_held
+from utils.journal import Journal, Stored, journal_folder, journal_held
 
 PLAN = {"tile": 64}
 LAYOUTS = {
-    (0, row): [Layout((1, 48, 130), "uint8"), Layout((3, 48, 130), "uint16")]
+    (0, row): [Stored((1, 48, 130), "uint8"), Stored((3, 48, 130), "uint16")]
     for row in (0, 48, 96)
 }
 

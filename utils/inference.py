@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,17 +25,19 @@ from utils.maps import Legend, MapError, MapWriter, UnwrittenError
 from utils.polygons import UnwrittenPolygonsError, write_polygons
 from utils.process import STOP
 from utils.products import (
+    MB,
     InferenceError,
+    Layout,
     Mosaic,
     Prediction,
     Product,
     Sheet,
     blend_of,
-    layouts_of,
+    layout_of,
     products_of,
     raster_path,
     room_for,
-    strips_of,
+    stored_rows,
     work_left,
 )
 from utils.raster import (
@@ -56,7 +59,6 @@ from utils.turns import Turn, distinct_turns
 Network = Callable[[Tensor], Tensor]  # pixels (B, bands, S, S) to probabilities (B, K, S, S)
 Segment = Callable[[np.ndarray], Tensor]  # the same, from raw pixels in memory
 GSD_RATIO = 1.5  # a scene's metres per pixel to the training scenes': beyond, a warning
-WAITING = 2  # batches of predictions that wait for the thread that blends and writes
 
 
 def views(tta: TTA) -> list[Turn]:
@@ -346,11 +348,13 @@ def write_products(
     resume: the path that the journal lies beside.
     """
     grid, count = scene.grid, len(trained.legend.names)
-    strips = strips_of(section, grid, products, count)
-    work = plan_of(section, scene, strips, log)
+    batch = min(section.batch_size, most_at_once(device) or section.batch_size)
+    layout = layout_of(section, grid, products, count, batch)
+    strips = layout.strips
+    work = plan_of(section, scene, layout, log)
     rows = sorted({tile.row for _, tile in work})
     plan = journal_plan(section, scene, products, strips, trained)
-    journal = Journal(resume, plan, layouts_of(strips, rows, grid.height, products))
+    journal = Journal(resume, plan, stored_rows(strips, rows, grid.height, products))
     tags = tags_of(scene, trained)
     with contextlib.ExitStack() as stack:
         sheets = []
@@ -360,13 +364,12 @@ def write_products(
             )
             sheets.append(Sheet(product, stack.enter_context(writer), section.tile_size))
         mosaic = Mosaic(strips, rows, blend_of(section, grid, count, device), sheets, journal)
-        batch = min(section.batch_size, most_at_once(device) or section.batch_size)
         left = work_left(work, mosaic, batch)
         if len(left) < len(work):
             log.info(f"inference: going on with tile {len(work) - len(left) + 1} of {len(work)}")
         segment = segment_on(device, trained.precision, network, views(section.tta))
         readers = [reader_of(scene) for _ in range(section.readers)]
-        predict_tiles(left, batch, readers, segment, mosaic, log)
+        predict_tiles(left, batch, readers, segment, mosaic, layout.waiting, log)
     return journal
 
 
@@ -393,10 +396,10 @@ def reader_of(scene: Scene) -> Iterator[Callable[[Tile], Pixels]]:
 
 
 def plan_of(
-    section: Inference, scene: Scene, strips: Sequence[Strip], log: VerbosityLogger
+    section: Inference, scene: Scene, layout: Layout, log: VerbosityLogger
 ) -> list[tuple[Strip, Tile]]:
     """The tiles to predict, in order, each with the columns that it is for."""
-    grid = scene.grid
+    grid, strips = scene.grid, layout.strips
     plan = tiles(grid.height, grid.width, section.tile_size, section.overlap)
     work = [(strip, tile) for strip in strips for tile in plan if strip.meets(tile)]
     log.info(
@@ -405,8 +408,15 @@ def plan_of(
     )
     if len(strips) > 1:
         log.info(
-            f"inference: {len(strips)} strips to stay within {section.max_memory} MB "
-            f"(inference.max_memory); {len(work) - len(plan)} tiles between them are mapped twice"
+            f"inference: {len(strips)} strips, for inference.max_memory is {section.max_memory} "
+            f"MB; {len(work) - len(plan)} tiles between them are mapped twice"
+        )
+    if layout.nbytes > section.max_memory * MB:
+        needed = math.ceil(layout.nbytes / MB)
+        log.warning(
+            f"inference: holds {needed} MB of probabilities, though inference.max_memory is "
+            f"{section.max_memory}; lower inference.batch_size or inference.tile_size, or raise "
+            f"inference.max_memory to {needed}"
         )
     return work
 
@@ -414,16 +424,19 @@ def plan_of(
 def predict_tiles(
     work: Sequence[tuple[Strip, Tile]], batch: int,
     readers: Sequence[contextlib.AbstractContextManager], segment: Segment, mosaic: Mosaic,
-    log: VerbosityLogger,
+    waiting: int, log: VerbosityLogger,
 ) -> None:  # fmt: skip
-    """Run the network over tiles that other threads read before and blend behind it."""
+    """Run the network over tiles that other threads read before and blend behind it.
+
+    waiting: batches that may be ready before the blend takes them.
+    """
     plan = [tile for _, tile in work]
 
     def blend(strips: Sequence[Strip], predictions: Sequence[Prediction]) -> None:
         for strip, prediction in zip(strips, predictions, strict=True):
             mosaic.take(strip, prediction)
 
-    with behind(WAITING) as hand, ahead(readers, plan, 2 * batch) as found:
+    with behind(waiting) as hand, ahead(readers, plan, 2 * batch) as found:
         steps = log.progress(zip(work, found, strict=True), "inference", len(work), "tile", 50)
         for group in batched(steps, batch):
             STOP.check()

@@ -27,7 +27,7 @@ CHECKSUM = 4  # bytes
 Place = tuple[int, int]  # the first column and row
 
 
-class Layout(NamedTuple):
+class Stored(NamedTuple):
     """The rows of one raster: (bands, rows, columns), and their type."""
 
     shape: tuple[int, int, int]
@@ -37,7 +37,7 @@ class Layout(NamedTuple):
     def nbytes(self) -> int:
         """Bytes that they take.
 
-        >>> Layout((1, 384, 700), "uint8").nbytes
+        >>> Stored((1, 384, 700), "uint8").nbytes
         268800
         """
         return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
@@ -70,22 +70,22 @@ def journal_held(output: Path, key: str) -> Iterator[None]:
 class Journal:
     """The rows that are finished, by the first column and row of each.
 
-    plan: all that they depend on; layouts: of every row that the map will have, raster by raster.
+    plan: all that they depend on; wanted: every row that the map will have, raster by raster.
 
     >>> from tempfile import TemporaryDirectory
-    >>> layouts = {(0, 0): [Layout((1, 384, 700), "uint8")], (0, 384): []}
+    >>> wanted = {(0, 0): [Stored((1, 384, 700), "uint8")], (0, 384): []}
     >>> with TemporaryDirectory() as folder:
     ...     path, rows = Path(folder, "map.tif"), [np.ones((1, 384, 700), np.uint8)]
-    ...     Journal(path, {"tile": 512}, layouts).keep((0, 0), rows)
-    ...     again = Journal(path, {"tile": 512}, layouts).places
-    ...     again, Journal(path, {"tile": 256}, layouts).places
+    ...     Journal(path, {"tile": 512}, wanted).keep((0, 0), rows)
+    ...     again = Journal(path, {"tile": 512}, wanted).places
+    ...     again, Journal(path, {"tile": 256}, wanted).places
     ({(0, 0)}, set())
     """
 
     def __init__(
-        self, output: Path, plan: Mapping[str, Any], layouts: Mapping[Place, Sequence[Layout]]
+        self, output: Path, plan: Mapping[str, Any], wanted: Mapping[Place, Sequence[Stored]]
     ) -> None:
-        self.folder, self.layouts = journal_folder(output), layouts
+        self.folder, self.wanted = journal_folder(output), wanted
         text = json.dumps(plan, sort_keys=True)
         self._plan = hashlib.sha256(text.encode()).hexdigest()[:16]
         found = ((path, NAME.fullmatch(path.name)) for path in self.folder.glob("c*"))
@@ -96,7 +96,7 @@ class Journal:
     def _place(self, path: Path, name: re.Match[str]) -> Place | None:
         """The place of a row that is whole and of this plan; another one is deleted."""
         place = int(name[1]), int(name[2])
-        if name[3] == self._plan and place in self.layouts:
+        if name[3] == self._plan and place in self.wanted:
             try:
                 self.read(place)
                 return place
@@ -123,17 +123,17 @@ class Journal:
 
     def read(self, place: Place) -> list[np.ndarray]:
         """Rows that were kept; ValueError where they are not whole."""
-        layouts = self.layouts[place]
-        size = sum(layout.nbytes for layout in layouts)
+        wanted = self.wanted[place]
+        size = sum(part.nbytes for part in wanted)
         stored = plain_bytes(self._path(place), size + CHECKSUM)
         content, checksum = memoryview(stored)[:size], stored[size:]
         if zlib.crc32(content).to_bytes(CHECKSUM, "little") != checksum:
             raise ValueError("cut short, or not what its checksum is of")
         rows, start = [], 0
-        for layout in layouts:
-            values = np.frombuffer(content[start : start + layout.nbytes], layout.dtype)
-            rows.append(values.reshape(layout.shape))
-            start += layout.nbytes
+        for part in wanted:
+            values = np.frombuffer(content[start : start + part.nbytes], part.dtype)
+            rows.append(values.reshape(part.shape))
+            start += part.nbytes
         return rows
 
     def discard(self) -> None:

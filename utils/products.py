@@ -11,7 +11,7 @@ from torch import Tensor
 
 from config import Inference
 from utils.blending import Blend, Part, Strip, carried_rows, strips
-from utils.journal import Journal, Layout, Place
+from utils.journal import Journal, Place, Stored
 from utils.maps import (
     BLOCK,
     Content,
@@ -28,6 +28,7 @@ from utils.raster import Grid
 from utils.tiling import Tile, stride_of
 
 MB = 10**6
+WAITING = 2  # batches of predictions that wait for the thread that blends and writes, at most
 COG_ROOM = 8 / 3  # of a GeoTIFF, its copy with overviews, and overviews, to a GeoTIFF
 
 
@@ -56,9 +57,12 @@ class Prediction(NamedTuple):
 def classes_of(part: Part) -> np.ndarray:
     """The most probable class of each pixel, nodata where not valid."""
     nodata = map_nodata(len(part.probabilities))
-    if not part.valid.any():
-        return np.full(part.valid.shape, nodata)
-    return np.where(part.valid, best_class(part.probabilities).cpu().numpy(), nodata)
+    dtype = torch.uint8 if nodata == 255 else torch.uint16
+    classes = torch.full(part.valid.shape, nodata, dtype=dtype)
+    if part.valid.any():
+        found = best_class(part.probabilities).to(dtype).cpu()  # on the device: bytes come down
+        classes = torch.where(torch.from_numpy(part.valid), found, classes)
+    return classes.numpy()
 
 
 def shares_of(part: Part) -> np.ndarray:
@@ -202,9 +206,9 @@ def room_for(products: Sequence[Product], read: Grid, own: Grid, format: str) ->
     return [round(size * (before + written)) for size in sizes]
 
 
-def layouts_of(
+def stored_rows(
     strips: Sequence[Strip], rows: Sequence[int], height: int, products: Sequence[Product]
-) -> dict[Place, list[Layout]]:
+) -> dict[Place, list[Stored]]:
     """How the finished rows of each place of a map lie in memory, raster by raster.
 
     rows: where the rows of tiles start; each is finished down to where the next one starts.
@@ -212,7 +216,7 @@ def layouts_of(
     contents = [product.content for product in products]
     return {
         (strip.start, row): [
-            Layout((len(each.bands), below - row, strip.stop - strip.start), each.dtype)
+            Stored((len(each.bands), below - row, strip.stop - strip.start), each.dtype)
             for each in contents
         ]
         for strip in strips
@@ -242,12 +246,54 @@ def work_left(
     return []
 
 
-def strips_of(
-    section: Inference, grid: Grid, products: Sequence[Product], num_classes: int
-) -> list[Strip]:
-    """The columns that are mapped together, so that what waits fits `inference.max_memory`."""
-    size = section.tile_size
-    waiting = 4 * num_classes * carried_rows(grid.height, size, stride_of(size, section.overlap))
+class Layout(NamedTuple):
+    """How a scene is mapped: its columns, batches that wait to be blended, bytes held at most.
+
+    >>> Layout([Strip(0, 5120), Strip(5120, 8000)], waiting=2, nbytes=10**9).strips[1].start
+    5120
+    """
+
+    strips: list[Strip]
+    waiting: int
+    nbytes: int
+
+
+def layout_of(
+    section: Inference, grid: Grid, products: Sequence[Product], num_classes: int, batch: int
+) -> Layout:
+    """What stays within `inference.max_memory` with the fewest strips; if nothing does, the least.
+
+    Batches are left as they are, since a network may round otherwise in one of another size.
+    """
+    most = section.max_memory * MB
+    found = [
+        layout
+        for waiting in range(WAITING, 0, -1)
+        for layout in layouts(section, grid, products, num_classes, batch, waiting)
+    ]
+    return min(found, key=lambda layout: (max(layout.nbytes, most), len(layout.strips)))
+
+
+def layouts(
+    section: Inference, grid: Grid, products: Sequence[Product], num_classes: int, batch: int,
+    waiting: int,
+) -> list[Layout]:  # fmt: skip
+    """The scene in one piece, and in strips as wide as `inference.max_memory` lets them be.
+
+    Held are, at any width, the blend's two tiles of sums and the batches: those that wait, and the
+    one that is to. By the column: what a row of tiles leaves to the next, and rows to be written.
+    """
+    size, width = section.tile_size, grid.width
+    pixel = 4 * num_classes
+    always = pixel * size**2 * (2 + (waiting + 1) * batch)
+    carried = pixel * carried_rows(grid.height, size, stride_of(size, section.overlap))
     rows = min(size, grid.height) + BLOCK  # of a row of tiles, and of the block being filled
-    written = sum(len(p.content.bands) * np.dtype(p.content.dtype).itemsize for p in products)
-    return strips(grid.width, waiting + rows * written, section.max_memory * MB, BLOCK)
+    values = sum(len(p.content.bands) * np.dtype(p.content.dtype).itemsize for p in products)
+    column, beside = carried + rows * values, always + 2 * size * carried  # tiles reach beyond
+    whole = always + carried * max(width, size) + rows * values * width
+    parts = strips(width, column, section.max_memory * MB - beside, BLOCK)
+    widest = max(stop - start for start, stop in parts)
+    return [
+        Layout([Strip(0, width)], waiting, whole),
+        Layout(parts, waiting, beside + column * widest),
+    ]
