@@ -210,6 +210,63 @@ def test_ranks_agree_and_their_gradient_is_that_of_the_global_batch(tmp_path):
             assert difference <= 1e-4 * scale + 1e-7, name
 
 
+APART = """
+import json, os, signal, sys, threading, time
+from pathlib import Path
+import torch
+from config import Resources
+from utils.distributed import distributed
+from utils.process import StoppedError, stoppable
+
+def end():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+def work(count, seconds, signalled=None):
+    for number in range(count):
+        if number == signalled:
+            end()
+        time.sleep(seconds)
+        yield number
+
+exchange, exchanges = torch.distributed.all_reduce, []
+torch.distributed.all_reduce = lambda *each: exchanges.append(each) or exchange(*each)
+resources = Resources(distributed=True, dist_backend="gloo", timeout_minutes=0.05)
+results = {}
+with stoppable(), distributed(resources) as run:
+    first = run.rank == 0
+    results["ends"] = [time.monotonic() for _ in run.apart(work(9 if first else 3, 0.5))]
+    results["exchanges"] = len(exchanges)
+    results["none"] = list(run.apart(range(3 if first else 0)))
+    results["stopped"], results["done"] = False, 0
+    signalled = 2 if sys.argv[1] == "at work" and not first else None
+    if sys.argv[1] == "waiting" and not first:
+        threading.Timer(0.5, end).start()
+    try:
+        for _ in run.apart(work(600 if first else 3, 0.05, signalled)):
+            results["done"] += 1
+    except StoppedError:
+        results["stopped"] = True
+    run.sum(torch.zeros(1))  # both are still there
+    Path(f"rank{run.rank}.json").write_text(json.dumps(results))
+"""
+
+
+@pytest.mark.parametrize("signalled", ["at work", "waiting"])
+def test_ranks_go_through_their_shares_apart_and_end_together(tmp_path, signalled):
+    """Also where one's share takes longer than an exchange may, here three seconds."""
+    (tmp_path / "apart.py").write_text(APART)
+    command = [*TORCHRUN[:-1], "apart.py", signalled]
+    said = project.start(command, tmp_path, PYTHONPATH=str(project.ROOT))
+    assert said.returncode == 0, said.stderr
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert (len(first["ends"]), len(second["ends"])) == (9, 3)
+    assert second["ends"][-1] < first["ends"][4]
+    assert first["exchanges"] == second["exchanges"] == 1
+    assert (first["none"], second["none"]) == ([0, 1, 2], [])
+    assert first["stopped"] and second["stopped"]
+    assert first["done"] < 200  # of 600 in half a minute
+
+
 # ---- what goes wrong ----
 
 

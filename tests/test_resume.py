@@ -89,6 +89,28 @@ def test_a_run_ended_at_every_step_in_turn_comes_to_the_same_end(config, monkeyp
     assert results(config.parent / "ended") == results(config.parent / "whole")
 
 
+def test_a_run_ended_while_it_validates_validates_anew(config, monkeypatch):
+    keys = (*ONLY_TRAIN, "train.batch_size=1")
+    assert project.run(config, *keys, "train.weights_dir=copy/whole") == 0
+    seen, forward = [], Step.forward
+
+    def watched(self, model, batch, score=None):
+        if score is not None:
+            STOP.asked = True
+            seen.append(batch.name)
+        return forward(self, model, batch, score)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Step, "forward", watched)
+        assert project.run(config, *keys, "train.weights_dir=copy/ended") == 75
+    assert len(seen) == 1
+    kept = load(last_path(config.parent / "ended", "linear"))
+    assert (kept["epoch"], kept["history"]) == (1, [])
+    assert kept["windows"] == kept["parts"]["schedule"]["last_epoch"] > 4
+    assert project.run(config, *keys, "train.weights_dir=copy/ended") == 0
+    assert results(config.parent / "ended") == results(config.parent / "whole")
+
+
 def test_a_finished_training_is_left_alone(config, capsys):
     assert project.run(config, *ONLY_TRAIN) == 0
     kept = times(config.parent / "weights")

@@ -24,6 +24,7 @@ from utils.process import STOP, StoppedError, exit_code_of
 
 Item = TypeVar("Item")
 BEAT, LOOK = 1.0, 0.05  # seconds between two signs of life, and between two looks for them
+GRACE = 5.0  # seconds without one, after which a rank that is asked to end does so alone
 # A group that a DDP module lets go of last waits for threads of its own that wait for Python: an
 # error's frames may hold such a module until the run is over, so groups are held for longer.
 GROUPS: list[dist.ProcessGroup] = []
@@ -64,7 +65,7 @@ class Pulse:
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, minutes: float) -> None:
         self.store, self.rank, self.world_size, self.minutes = store, rank, world_size, minutes
-        self._meetings, self._beat = 0, 0.0
+        self._meetings, self._beat, self._looked, self._asked = 0, 0.0, 0.0, False
 
     def beat(self) -> None:
         """Tell the others that this rank is at work; called between any two pieces of it."""
@@ -72,21 +73,38 @@ class Pulse:
             self._beat = time.monotonic()
             self.store.add(f"beats of {self.rank}", 1)
 
-    def meet(self) -> None:
-        """Go on when all ranks are here; not while they work, but long after one gave no sign."""
+    def stopping(self) -> bool:
+        """Whether a signal asked this rank to end, which the others learn, or, lately, another."""
+        if STOP.asked:
+            self.store.set("stopping", "")
+        elif time.monotonic() - self._looked > BEAT:
+            self._looked = time.monotonic()
+            self._asked = self.store.check(["stopping"])
+        return STOP.asked or self._asked
+
+    def meet(self, stop_alone: bool = True) -> None:
+        """Go on when all ranks are here; not while they work, but long after one gave no sign.
+
+        stop_alone: whether a signal ends this rank at once; otherwise it tells the others, who come
+        soon if they live.
+        """
         self._meetings += 1
         here = f"ranks at meeting {self._meetings}"
         self.store.add(here, 1)
         signs, since = [], time.monotonic()
         while self.store.add(here, 0) < self.world_size:
-            STOP.check()
+            if stop_alone:
+                STOP.check()
             if self.word() is not None:
                 raise PeerError("another rank failed")
             found = [self.store.add(f"beats of {rank}", 0) for rank in range(self.world_size)]
             found.append(self.store.add(here, 0))
             if found != signs:
                 signs, since = found, time.monotonic()
-            if time.monotonic() - since > 60 * self.minutes:
+            silent = time.monotonic() - since
+            if self.stopping() and silent > GRACE:
+                STOP.check()
+            if silent > 60 * self.minutes:
                 raise PeerError(silence(self.minutes))
             time.sleep(LOOK)
 
@@ -232,6 +250,25 @@ class Runtime:
             if self.pulse is not None:
                 self.pulse.beat()
             yield piece
+
+    def apart(self, work: Iterable[Item]) -> Iterator[Item]:
+        """The pieces of this rank's own share, which waits for no other's; then all ranks meet.
+
+        Where a signal asks one of them to end, all do so within about a second, and together.
+
+        >>> list(Runtime().apart("abc"))
+        ['a', 'b', 'c']
+        """
+        for piece in work:
+            if self.pulse.stopping() if self.pulse is not None else STOP.asked:
+                break
+            if self.pulse is not None:
+                self.pulse.beat()
+            yield piece
+        if self.pulse is not None:
+            self.pulse.meet(stop_alone=False)
+        if self.sum(torch.tensor(int(STOP.asked))):
+            raise StoppedError
 
 
 def _backend_device(local_rank: int) -> torch.device:

@@ -8,9 +8,8 @@ import csv
 import io
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -299,14 +298,14 @@ def train_one_epoch(
 def evaluate(step: Step, batches: Loader, num_classes: int, ignore_index: int) -> Score:
     """Loss, IoU and Dice over all ranks' validation tiles: exact sums, the same on every rank.
 
-    Asked to end, all ranks do after the same batch.
+    Each rank goes through its own share; asked to end, all do together.
     """
     model = step.evaluated.eval()
     step.run.align(model)
     metrics = SegmentationMetrics(num_classes, ignore_index, step.device)
     sums = torch.zeros(2, dtype=torch.float64)
     broken: list[str] = []
-    for batch in in_step(batches, step.run):
+    for batch in step.run.apart(batches):
         parts = step.forward(
             model, batch,
             lambda logits, label: metrics.update(torch.stack(list(map(best_class, logits))), label),
@@ -322,19 +321,6 @@ def evaluate(step: Step, batches: Loader, num_classes: int, ignore_index: int) -
             f"validation loss is {loss} before {step.place}; look at the tiles {names}"
         )
     return metrics.score(loss / max(pixels, 1))
-
-
-def in_step(batches: Sequence[Sample], run: Runtime) -> Iterator[Sample]:
-    """Batches, of which the first rank has the most; raises on all ranks where one is to end.
-
-    >>> list(in_step("abc", Runtime()))
-    ['a', 'b', 'c']
-    """
-    own = iter(batches)
-    for _ in range(int(run.agree(len(batches)))):
-        if run.sum(torch.tensor(int(STOP.asked))):
-            raise StoppedError
-        yield from islice(own, 1)
 
 
 def fit(
