@@ -60,6 +60,7 @@ def rising(pair: tuple[float, float]) -> tuple[float, float]:
 Device = Annotated[
     str, Field(pattern=r"^(auto|cpu|cuda(:(0|[1-9][0-9]*))?)$", title="auto, cpu, cuda or cuda:N")
 ]
+Compile = Annotated[Literal["auto"] | bool, Field(title="auto, true or false")]
 TileSize = Annotated[
     int, Field(gt=0, multiple_of=16, title="a whole multiple of 16, the patch size of DINOv3")
 ]
@@ -106,8 +107,10 @@ class Resources(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of networks' products; auto: bf16 where the processor computes in it"
     )
-    compile: bool = Field(
-        False, description="torch.compile the frozen networks of prepare and inference, on GPUs"
+    compile: Compile = Field(
+        "auto",
+        description="torch.compile the frozen networks, also where training runs the backbone; "
+        "auto: on CUDA, where it pays",
     )
     distributed: bool = Field(False, description="run as one of several processes under torchrun")
     dist_backend: Literal["nccl", "gloo"] = Field("nccl", description="nccl: GPUs, gloo: CPUs")
@@ -360,7 +363,9 @@ class Train(Section):
         "uniform", description="balanced: each class is met equally often"
     )
     grad_accum_steps: Count = Field(1, description="batches per optimizer step")
-    compile: bool = Field(False, description="torch.compile the head")
+    compile: Compile = Field(
+        "auto", description="torch.compile the head; auto: on CUDA, where it pays"
+    )
     augment_views: Annotated[int, Field(ge=1, le=8)] = Field(
         1,
         description="flips and turns of each tile whose own features are cached; 1: the tile as it "

@@ -57,7 +57,7 @@ inference: {enable: false, input_tif: null, output_tif: null, checkpoint: null, 
 """
 OURS = {
     "resources.precision": "auto",
-    "resources.compile": False,
+    "resources.compile": "auto",
     "resources.timeout_minutes": 30.0,
     "dataset.cache": "features",
     "dataset.bands": None,
@@ -93,6 +93,7 @@ OURS = {
     "train.checkpoint_minutes": 10.0,
     "train.weight_decay": 0.01,
     "train.clip_grad": 1.0,
+    "train.compile": "auto",
     "train.sampler": "uniform",
     "train.augment_views": 1,
     "train.loss.class_weights": "none",
@@ -169,7 +170,7 @@ def test_a_file_with_exactly_the_reference_keys_loads(write):
     path = write(REFERENCE)
     paths = "{raw_images_dir: scenes, label_path: labels.tif, processed_dir: tiles}"
     config = load_config(path, [f"paths={paths}"])
-    assert config == load_config(write(PATHS))
+    assert config == load_config(write(PATHS), ["train.compile=false"])
 
 
 @pytest.mark.parametrize("text", [PATHS, PATHS + "train:\nresources:\ndataset: {splits: }\n"])
@@ -182,6 +183,14 @@ def test_absent_and_empty_sections_hold_defaults(write, text):
 def test_an_empty_file_is_one_of_defaults(write):
     phases = ["prepare", "verify", "train"]
     assert load_config(write(""), [f"{phase}.enable=false" for phase in phases]).train.epochs == 30
+
+
+@pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("true", True), ("false", False)])
+def test_compiling_is_a_switch_or_auto(write, text, value):
+    path = write(PATHS + f"resources: {{compile: {text}}}\n")
+    config = load_config(path, [f"train.compile={text}"])
+    assert (config.resources.compile, config.train.compile) == (value, value)
+    assert load_config(write(to_yaml(config))) == config
 
 
 def test_config_is_frozen():
@@ -312,8 +321,12 @@ LAYERS = "expected a list of block numbers, 0 or more and increasing, or null"
         ("train.weight_decay", "-1", "expected a number of at least 0"),
         ("train.clip_grad", "-1", "expected a number of at least 0"),
         ("train.loss.ce_weight", "-1", "expected a number of at least 0"),
-        ("train.compile", "1", "expected true or false"),
-        ("train.compile", "'true'", "expected true or false"),
+        ("train.compile", "1", "expected auto, true or false"),
+        ("train.compile", "'true'", "expected auto, true or false"),
+        ("resources.compile", "cuda", "expected auto, true or false"),
+        ("resources.compile", "null", "expected auto, true or false"),
+        ("train.enable", "1", "expected true or false"),
+        ("train.enable", "'true'", "expected true or false"),
         ("train.device", "gpu", "expected auto, cpu, cuda or cuda:N"),
         ("prepare.device", "'cuda:'", "expected auto, cpu, cuda or cuda:N"),
         ("inference.device", "cuda:x", "expected auto, cpu, cuda or cuda:N"),

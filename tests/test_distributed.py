@@ -24,8 +24,11 @@ from utils.distributed import (
     PeerError,
     Runtime,
     autocast,
+    compiled,
+    compiles,
     device_reason,
     distributed,
+    lacking_to_compile,
     precision_of,
 )
 from utils.raster import read_whole
@@ -422,6 +425,58 @@ def test_precision_auto_is_what_the_processor_computes_in(monkeypatch, found, wa
 def test_products_are_computed_in_the_precision_that_is_asked_for(precision, dtype):
     with autocast(CPU, precision):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+class Recorder:
+    """A log that keeps its lines by level."""
+
+    def __init__(self):
+        self.lines = []
+
+    def info(self, line):
+        self.lines.append(f"info: {line}")
+
+    def debug(self, line):
+        self.lines.append(f"debug: {line}")
+
+
+PAYS_NOT = "on a CPU, where that was measured not to pay"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "lacking", "compiling", "line"),
+    [
+        ("auto", "cuda", "", True, "info: {}: compiles, so the first batches take longer"),
+        ("auto", "cuda", "triton", False, "info: {}: auto compiles nothing, for this .* no triton"),
+        ("auto", "cpu", "", False, f"debug: {{}}: auto compiles nothing {PAYS_NOT}"),
+        (True, "cuda", "triton", True, "info: {}: compiles, so the first batches take longer"),
+        (True, "cpu", "triton", True, "info: {}: compiles as configured; on a CPU .* not to pay"),
+        (False, "cuda", "", False, None),
+        (False, "cpu", "triton", False, None),
+    ],
+)
+def test_auto_compiles_where_it_pays_and_one_line_says_so(
+    monkeypatch, wanted, device, lacking, compiling, line
+):
+    monkeypatch.setattr("utils.distributed.lacking_to_compile", lambda: lacking)
+    monkeypatch.setattr(torch, "compile", lambda network: (network,))
+    log, device, network = Recorder(), torch.device(device), nn.Linear(2, 1)
+    assert compiles(wanted, device) == compiling
+    found = compiled(network, wanted, device, log)
+    assert found == ((network,) if compiling else network)
+    assert len(log.lines) == (line is not None)
+    if line:
+        assert re.fullmatch(line.format(r"resources\.compile"), log.lines[0])
+
+
+def test_what_compiling_for_cuda_needs_is_looked_for(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: "/nowhere")
+    assert lacking_to_compile() == "triton and no C compiler and no Python.h"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    assert lacking_to_compile() == "Python.h"
 
 
 def launched_as(monkeypatch, world_size):

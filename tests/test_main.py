@@ -160,10 +160,13 @@ def test_a_cache_keeps_its_precision_where_auto_is_asked_for(tmp_path, capsys, m
 def test_what_compiling_brings_on_a_cpu_is_told(copy, monkeypatch, capsys):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda head: compiled.append(head) or head)
-    for setting, times in (("train.compile=false", 0), ("train.compile=true", 1)):
-        assert project.run(copy, *ONLY_TRAIN, setting) == 0
+    for setting, times in (("false", 0), ("auto", 0), ("true", 1)):
+        assert project.run(copy, *ONLY_TRAIN, f"train.compile={setting}") == 0
         assert capsys.readouterr().err.count("on a CPU that was measured not to pay") == times
         assert len(compiled) == times
+    assert project.run(copy, *ONLY_TRAIN, "logging.level=debug") == 0
+    said = "[DEBUG] train.compile: auto compiles nothing on a CPU, where that was measured not to"
+    assert capsys.readouterr().err.count(said) == 1
 
 
 def test_each_phase_runs_alone(copy, capsys):

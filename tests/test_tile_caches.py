@@ -50,6 +50,31 @@ def test_training_from_tiles_is_training_from_features(tmp_path, precision, feat
         assert one["miou"] == pytest.approx(other["miou"], abs=20 * near)
 
 
+def test_the_backbone_that_runs_in_training_is_compiled_like_that_of_the_other_phases(
+    tmp_path, monkeypatch, capsys
+):
+    """By dynamo alone, without the compiler behind it, which a machine may lack."""
+    plain, networks = torch.compile, []
+
+    def compile_eagerly(network):
+        networks.append(network)
+        return plain(network, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    found = []
+    for wanted in ("false", "auto", "true"):
+        trained(tmp_path / wanted, "tiles", STILL, f"resources.compile={wanted}")
+        found.append(history(tmp_path / wanted))
+        if wanted != "true":
+            assert networks == []
+    assert [each.__name__ for each in networks if not isinstance(each, nn.Module)] == ["encode"]
+    assert found[0] == found[1]
+    for one, other in zip(found[0], found[2], strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+    said = capsys.readouterr().err
+    assert said.count("resources.compile: compiles as configured; on a CPU") == 2  # with prepare
+
+
 def test_a_cache_of_tiles_holds_image_and_label_of_the_same_tiles(tmp_path):
     for kind in ("features", "tiles"):
         config = project.write_project(tmp_path / kind)

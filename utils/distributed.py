@@ -5,11 +5,15 @@ and `run.wait` and is the same on one CPU and on many GPUs.
 """
 
 import contextlib
+import importlib.util
 import os
+import shutil
+import sysconfig
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,11 +22,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from config import Resources
+from config import Compile, Resources
 from utils.logging import VerbosityLogger
 from utils.process import STOP, StoppedError, exit_code_of
 
 Item = TypeVar("Item")
+Network = TypeVar("Network", bound=Callable[..., Any])
 BEAT, LOOK = 1.0, 0.05  # seconds between two signs of life, and between two looks for them
 GRACE = 5.0  # seconds without one, after which a rank that is asked to end does so alone
 # A group that a DDP module lets go of last waits for threads of its own that wait for Python: an
@@ -321,17 +326,47 @@ def most_at_once(device: torch.device) -> int | None:
 
 
 def compiled(
-    network: nn.Module, wanted: bool, device: torch.device, log: VerbosityLogger
-) -> nn.Module:
-    """The network, by torch.compile where that is wanted."""
-    warn_of_compiling(wanted, device, log)
-    return torch.compile(network) if wanted else network
+    network: Network, wanted: Compile, device: torch.device, log: VerbosityLogger
+) -> Network:
+    """A frozen network, by torch.compile where `resources.compile` wants it."""
+    tell_of_compiling("resources.compile", wanted, device, log)
+    return torch.compile(network) if compiles(wanted, device) else network
 
 
-def warn_of_compiling(wanted: bool, device: torch.device, log: VerbosityLogger) -> None:
-    """Say so where compiling is wanted and will not pay."""
-    if wanted and device.type == "cpu":
-        log.info("compiles as configured; on a CPU that was measured not to pay")
+def compiles(wanted: Compile, device: torch.device) -> bool:
+    """Whether networks are compiled on a device: `auto` where it pays and the machine can.
+
+    >>> compiles("auto", torch.device("cpu")), compiles(True, torch.device("cpu"))
+    (False, True)
+    """
+    if wanted == "auto":
+        return device.type == "cuda" and not lacking_to_compile()
+    return wanted
+
+
+def tell_of_compiling(
+    key: str, wanted: Compile, device: torch.device, log: VerbosityLogger
+) -> None:
+    """Say what is compiled where that takes time and may not pay, and what keeps `auto` from it."""
+    if device.type == "cpu" and wanted == "auto":
+        log.debug(f"{key}: auto compiles nothing on a CPU, where that was measured not to pay")
+    elif device.type == "cpu" and wanted:
+        log.info(f"{key}: compiles as configured; on a CPU that was measured not to pay")
+    elif wanted == "auto" and (lacking := lacking_to_compile()):
+        log.info(f"{key}: auto compiles nothing, for this machine has no {lacking}")
+    elif wanted:
+        log.info(f"{key}: compiles, so the first batches take longer")
+
+
+def lacking_to_compile() -> str:
+    """What torch.compile needs for CUDA and does not find here; empty if it finds all."""
+    compilers = (os.environ.get("CC"), "gcc", "clang", "cc")
+    needed = {
+        "triton": importlib.util.find_spec("triton"),
+        "C compiler": any(shutil.which(name) for name in compilers if name),
+        "Python.h": Path(sysconfig.get_path("include"), "Python.h").is_file(),
+    }
+    return " and no ".join(name for name, found in needed.items() if not found)
 
 
 def no_cuda() -> str:

@@ -28,7 +28,7 @@ from utils.checkpoint import (
     save_checkpoint,
 )
 from utils.data import Sample
-from utils.distributed import Runtime, autocast, warn_of_compiling
+from utils.distributed import Runtime, autocast, compiles, tell_of_compiling
 from utils.divergence import DivergedError, diagnosis, require_sound
 from utils.loading import Loader, Loaders
 from utils.logging import VerbosityLogger
@@ -95,7 +95,8 @@ class Step:
             section.weight_decay,
         )  # fmt: skip
         self.schedule = build_schedule(self.optimizer, steps)
-        self.model = run.wrap(torch.compile(head) if section.compile else head, device)
+        learner = torch.compile(head) if compiles(section.compile, device) else head
+        self.model = run.wrap(learner, device)
         self.ema = ema_of(head, section.ema_decay) if section.ema_decay else None
 
     @property
@@ -332,7 +333,7 @@ def fit(
 
     With `resume`, from where an earlier run of the same settings came to.
     """
-    warn_of_compiling(section.compile, device, log)
+    tell_of_compiling("train.compile", section.compile, device, log)
     windows = math.ceil(len(loaders.train) / section.grad_accum_steps)
     weights = class_weights_of(section, manifest, loaders)
     steps = section.epochs * windows

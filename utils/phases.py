@@ -160,7 +160,8 @@ def live_features(
     backbone.compute_in(manifest.precision)
     log.info(f"train: tiles are cached without features; {spec.name} runs in every step")
     rounded = rounding(manifest.feature_dtype)
-    return lambda image: rounded(backbone.encode(image))
+    encode = compiled(backbone.encode, config.resources.compile, device, log)
+    return lambda image: rounded(encode(image))
 
 
 def inference(config: Config, run: Runtime, log: VerbosityLogger) -> None:
