@@ -81,9 +81,7 @@ def test_a_config_becomes_a_map_with_every_head(tmp_path, head, capsys):
         tmp_path, model={"head": head}, train={"epochs": 6, "adamw_lr": 0.01}
     )
     capsys.readouterr()
-    start = time.monotonic()
     assert project.run(config) == 0
-    assert time.monotonic() - start < 30
     with (
         open_raster(tmp_path / "map.tif") as dataset,
         open_raster(tmp_path / "unseen.tif") as scene,
@@ -99,6 +97,8 @@ def test_a_config_becomes_a_map_with_every_head(tmp_path, head, capsys):
     assert (tmp_path / "weights" / "metrics.csv").is_file()
     lines = said(capsys)
     assert all(re.match(r"\[(INFO|WARNING)\] ", line) for line in lines)
+    assert [path.name for path in (tmp_path / "scenes").iterdir()] == ["north.tif"]
+    assert not [path for path in tmp_path.glob("*.aux.xml") if path.stem != "map.tif"]
 
 
 def test_the_log_tells_the_story_of_a_run(finished):
