@@ -364,7 +364,7 @@ class Train(Section):
     )
     grad_accum_steps: Count = Field(1, description="batches per optimizer step")
     compile: Compile = Field(
-        "auto", description="torch.compile the head; auto: on CUDA, where it pays"
+        False, description="torch.compile the head; auto: on CUDA, where it pays"
     )
     augment_views: Annotated[int, Field(ge=1, le=8)] = Field(
         1,

@@ -93,7 +93,6 @@ OURS = {
     "train.checkpoint_minutes": 10.0,
     "train.weight_decay": 0.01,
     "train.clip_grad": 1.0,
-    "train.compile": "auto",
     "train.sampler": "uniform",
     "train.augment_views": 1,
     "train.loss.class_weights": "none",
@@ -170,7 +169,7 @@ def test_a_file_with_exactly_the_reference_keys_loads(write):
     path = write(REFERENCE)
     paths = "{raw_images_dir: scenes, label_path: labels.tif, processed_dir: tiles}"
     config = load_config(path, [f"paths={paths}"])
-    assert config == load_config(write(PATHS), ["train.compile=false"])
+    assert config == load_config(write(PATHS))
 
 
 @pytest.mark.parametrize("text", [PATHS, PATHS + "train:\nresources:\ndataset: {splits: }\n"])

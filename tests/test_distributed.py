@@ -28,6 +28,7 @@ from utils.distributed import (
     compiles,
     device_reason,
     distributed,
+    download,
     lacking_to_compile,
     precision_of,
 )
@@ -425,6 +426,53 @@ def test_precision_auto_is_what_the_processor_computes_in(monkeypatch, found, wa
 def test_products_are_computed_in_the_precision_that_is_asked_for(precision, dtype):
     with autocast(CPU, precision):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+LAID = [
+    lambda: torch.arange(24).view(2, 3, 4),
+    lambda: torch.arange(24.0).view(2, 3, 4).permute(0, 2, 1),  # as features are cached
+    lambda: torch.arange(96).view(4, 4, 6)[:, 1:3, 2:5],  # as finished pixels are
+    lambda: torch.arange(5, dtype=torch.uint8).to(torch.uint16)[None].expand(3, -1),
+]
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    device = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("made", LAID)
+def test_what_comes_down_is_waited_for_and_lies_as_it_did(monkeypatch, made):
+    calls, empty_like, copy = [], torch.empty_like, torch.Tensor.copy_
+
+    def pinned(tensor, device, pin_memory):
+        assert (device, pin_memory) == ("cpu", True)
+        return empty_like(tensor.as_subclass(torch.Tensor))
+
+    def copied(here, tensor, non_blocking):
+        assert non_blocking
+        assert here.stride() == tensor.stride()
+        calls.append("copy")
+        return copy(here, tensor.as_subclass(torch.Tensor))
+
+    event = SimpleNamespace(synchronize=lambda: calls.append("waited"))
+    stream = SimpleNamespace(record_event=lambda: calls.append("recorded") or event)
+    monkeypatch.setattr(torch, "empty_like", pinned)
+    monkeypatch.setattr(torch.Tensor, "copy_", copied)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    found = download(made().as_subclass(OnGpu))
+    assert calls == ["copy", "recorded", "waited"]
+    assert found.tolist() == made().tolist()
+    assert found.stride() == empty_like(made()).stride()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA")
+@pytest.mark.parametrize("made", LAID)
+def test_what_comes_down_from_a_gpu_is_what_was_there(made):
+    found = download(made().cuda())
+    assert found.is_pinned()
+    assert found.tolist() == made().tolist()
 
 
 class Recorder:

@@ -30,7 +30,7 @@ from utils.cache import (
     write_manifest,
     write_tile,
 )
-from utils.distributed import Runtime, most_at_once, precision_of, upload
+from utils.distributed import Runtime, download, most_at_once, precision_of, upload
 from utils.label_values import LabelRules, label_rules
 from utils.labels import (
     Labels,
@@ -254,7 +254,7 @@ def _to_make(found: Iterable[ReadTile], tally: Tally) -> Iterator[ReadTile]:
 def _write_tiles(
     folder: Path, made: Manifest, batch: Sequence[ReadTile], encoded: Mapping[str, Tensor]
 ) -> None:
-    encoded = {part: whole.cpu() for part, whole in encoded.items()}
+    encoded = {part: download(whole) for part, whole in encoded.items()}
     for number, tile in enumerate(batch):
         parts = {part: whole[number] for part, whole in encoded.items()}
         stamp, image = made.stamp_of(tile.name), torch.from_numpy(tile.image)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from config import Inference
 from utils.blending import Blend, Part, Strip, carried_rows, strips
+from utils.distributed import download
 from utils.journal import Journal, Place, Stored
 from utils.maps import (
     BLOCK,
@@ -60,19 +61,19 @@ def classes_of(part: Part) -> np.ndarray:
     dtype = torch.uint8 if nodata == 255 else torch.uint16
     classes = torch.full(part.valid.shape, nodata, dtype=dtype)
     if part.valid.any():
-        found = best_class(part.probabilities).to(dtype).cpu()  # on the device: bytes come down
+        found = download(best_class(part.probabilities).to(dtype))  # only bytes come down
         classes = torch.where(torch.from_numpy(part.valid), found, classes)
     return classes.numpy()
 
 
 def shares_of(part: Part) -> np.ndarray:
     """The probability of each class as bytes, (classes, height, width)."""
-    return share_bytes(part.probabilities.clamp(0, 1).cpu().numpy(), part.valid)
+    return share_bytes(download(part.probabilities.clamp(0, 1)).numpy(), part.valid)
 
 
 def confidence_of(part: Part) -> np.ndarray:
     """The winning class's probability as bytes, (height, width)."""
-    return share_bytes(part.probabilities.amax(0).clamp(0, 1).cpu().numpy(), part.valid)
+    return share_bytes(download(part.probabilities.amax(0).clamp(0, 1)).numpy(), part.valid)
 
 
 def raster_path(path: Path, name: str, several: bool) -> Path:
