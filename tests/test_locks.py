@@ -61,12 +61,14 @@ def test_a_lock_ends_with_its_process_however_that_ends(tmp_path, held):
 def test_what_a_killed_run_left_half_written_is_swept(tmp_path):
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
                           capture_output=True, text=True, check=True).stdout.strip()  # fmt: skip
-    left = tmp_path / f".splits.geojson.{this_host()}.{gone}.0badc0de.tmp"
+    left = tmp_path / f".splits.geojson.{this_host()}.{gone}.0badc0de0badc0de.tmp"
+    before = tmp_path / f".splits.geojson.{this_host()}.{os.getpid()}.0badc0de0badc0de.tmp"
     ours = temporary_of(tmp_path / "splits.geojson")
-    for path in (left, ours):
+    for path in (left, before, ours):
         path.write_text("half")
     with alone_in(tmp_path, "key"):
         assert not left.exists()
+        assert not before.exists()  # of a process that had our number, as in a container
         assert ours.exists()
 
 

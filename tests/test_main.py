@@ -164,7 +164,7 @@ def test_what_compiling_brings_on_a_cpu_is_told(copy, monkeypatch, capsys):
         assert project.run(copy, *ONLY_TRAIN, f"train.compile={setting}") == 0
         assert capsys.readouterr().err.count("on a CPU that was measured not to pay") == times
         assert len(compiled) == times
-    assert project.run(copy, *ONLY_TRAIN, "logging.level=debug") == 0
+    assert project.run(copy, *ONLY_TRAIN, "train.compile=auto", "logging.level=debug") == 0
     said = "[DEBUG] train.compile: auto compiles nothing on a CPU, where that was measured not to"
     assert capsys.readouterr().err.count(said) == 1
 
@@ -737,6 +737,51 @@ def test_a_map_of_a_scene_that_changed_since_is_made_again(copy, capsys):
     assert "b.tif is there already, kept" in capsys.readouterr().err
     assert (maps / "a.tif").read_bytes() != old
     assert (maps / "b.tif").stat().st_mtime_ns == other
+
+
+def test_a_map_that_is_damaged_is_made_again(copy, capsys):
+    settings = folder_of_maps(copy)
+    assert project.run(copy, *settings) == 0
+    path = copy.parent / "maps" / "a.tif"
+    whole = path.read_bytes()
+    half = len(whole) // 2
+    for damage in (whole[:half], whole[:half] + bytes(len(whole) - half)):
+        path.write_bytes(damage)
+        capsys.readouterr()
+        assert project.run(copy, *settings) == 0
+        assert "b.tif is there already, kept" in capsys.readouterr().err
+        assert path.read_bytes() == whole
+
+
+def test_every_output_is_of_the_weights_that_map_now(copy, capsys):
+    """Products that an earlier run made and a later one left out are of other weights."""
+    settings = folder_of_maps(copy)
+    sure = f"inference.confidence={copy.parent / 'sure'}"
+    assert project.run(copy, *settings, sure) == 0
+    changed = "inference.blend=linear"  # like other weights: another tag
+    assert project.run(copy, *settings, changed, "inference.polygons=null") == 0
+    outputs = [copy.parent / "sure" / "a.tif", copy.parent / "outlines" / "a.gpkg"]
+    before = [path.stat().st_mtime_ns for path in outputs]
+    for extra in (sure, f"inference.polygons={copy.parent / 'outlines'}"):
+        assert project.run(copy, *settings, changed, "inference.polygons=null", extra) == 0
+    assert all(path.stat().st_mtime_ns > old for path, old in zip(outputs, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("labels.tif", "would be written over a label file"),
+        ("scenes/north.tif", "would be written over a training scene"),
+        ("weights/linear_best.pth", "is a file but no map"),
+        ("config.yml", "is a file but no map"),
+    ],
+)
+def test_no_map_replaces_what_it_is_made_from(copy, capsys, output, said):
+    path = copy.parent / output
+    kept = path.read_bytes()
+    assert project.run(copy, *ONLY_INFERENCE, f"inference.output_tif={path}") == 3
+    assert said in one_error(capsys)
+    assert path.read_bytes() == kept
 
 
 def test_a_run_ended_between_a_map_and_its_polygons_makes_both(copy, monkeypatch):

@@ -187,7 +187,7 @@ def test_a_damaged_state_gives_way_to_the_one_before_it(config, monkeypatch, cap
     elif how == "empty":
         path.write_bytes(b"")
     else:
-        torch.save({"format": 1, "identity": print}, path)
+        torch.save({"format": 2, "identity": print}, path)
     capsys.readouterr()
     assert project.run(config, *ONLY_TRAIN) == 0
     assert "the state before it is tried" in capsys.readouterr().err
@@ -210,16 +210,6 @@ def test_a_damaged_state_never_takes_the_place_of_the_one_before_it(tmp_path, lo
     assert load(before(again.path))["epoch"] == 1
     again.keep(progress_in(4))
     assert [load(path)["epoch"] for path in (before(again.path), again.path)] == [3, 4]
-
-
-def test_a_run_whose_best_weights_are_gone_starts_anew(config, capsys):
-    assert project.run(config, *ONLY_TRAIN) == 0
-    first = results(config.parent / "weights")
-    (config.parent / "weights" / "linear_best.pth").unlink()
-    capsys.readouterr()
-    assert project.run(config, *ONLY_TRAIN) == 0
-    assert "is gone, so training starts anew" in capsys.readouterr().err
-    assert results(config.parent / "weights") == first
 
 
 KILLED = """
@@ -298,22 +288,42 @@ def test_training_goes_on_where_its_folder_was_moved_to(config, monkeypatch, cap
     capsys.readouterr()
     assert project.run(moved, *ONLY_TRAIN) == 0
     said = capsys.readouterr().err
-    assert "starts anew" not in said
+    assert "written again" not in said
     assert "going on in epoch" in said or "already complete" in said
     shutil.rmtree(moved.parent / "cache" / "none", ignore_errors=True)
     assert project.run(moved, *ONLY_TRAIN, "train.weights_dir=moved/whole") == 0
     assert results(moved.parent / "whole") == results(moved.parent / "weights")
 
 
-def test_damaged_best_weights_are_made_again(config, capsys):
-    assert project.run(config, *ONLY_TRAIN) == 0
-    wanted = results(config.parent / "weights")
+@pytest.mark.parametrize("epochs_done", [1, 2])
+@pytest.mark.parametrize("damage", ["cut", "gone", "foreign"])
+def test_best_weights_that_are_not_the_run_s_are_written_again(
+    config, monkeypatch, capsys, damage, epochs_done
+):
+    """From the state of training: what was learnt is not lost with a file."""
+    settings = (*ONLY_TRAIN, "train.batch_size=2")  # five steps an epoch
+    assert project.run(config, *settings, "train.weights_dir=copy/whole") == 0
+    with monkeypatch.context() as patched:
+        if epochs_done == 1:
+            end_after(patched, 7)
+        assert project.run(config, *settings) == (75 if epochs_done == 1 else 0)
     path = config.parent / "weights" / "linear_best.pth"
-    path.write_bytes(path.read_bytes()[:5000])
+    steps = []
+    if damage == "gone":
+        path.unlink()
+    elif damage == "foreign":
+        other = torch.load(path)
+        torch.save(other | {"state": {k: 0 * v for k, v in other["state"].items()}}, path)
+    else:
+        path.write_bytes(path.read_bytes()[:5000])
     capsys.readouterr()
-    assert project.run(config, *ONLY_TRAIN) == 0
-    assert "damaged, or not a checkpoint" in capsys.readouterr().err
-    assert results(config.parent / "weights") == wanted
+    update = Step.update
+    monkeypatch.setattr(Step, "update", lambda *args: steps.append(1) or update(*args))
+    assert project.run(config, *settings) == 0
+    assert "linear_best.pth: " in (said := capsys.readouterr().err)
+    assert "written again from the state of training" in said
+    assert (epochs_done == 2) == (not steps)
+    assert results(config.parent / "weights") == results(config.parent / "whole")
 
 
 def test_where_both_states_are_damaged_nothing_is_written_over(config, monkeypatch, capsys):

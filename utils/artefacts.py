@@ -22,7 +22,10 @@ from typing import BinaryIO, TypeVar
 
 Read = TypeVar("Read")
 
-NAME = re.compile(r"^\..*\.(?P<host>[^.]+)\.(?P<pid>[0-9]+)\.[0-9a-f]{8}\.tmp")
+NAME = re.compile(
+    r"^\..*\.(?P<host>[^.]+)\.(?P<pid>[0-9]+)\.(?P<start>[0-9a-f]{8})[0-9a-f]{8}\.tmp"
+)
+START = secrets.token_hex(4)  # tells this process from one before it that had its number
 LONGEST = 60  # characters of the final name in a temporary one: a file's name may have 255 bytes
 FOLDER = 0x10  # among a zip member's attributes
 FORGOTTEN = 86400.0  # seconds after which another machine's temporary file is taken for left over
@@ -45,7 +48,8 @@ def temporary_of(path: Path, suffix: str = "") -> Path:
     >>> bool(NAME.match(temporary_of(Path("maps/north.tif")).name))
     True
     """
-    stem = f".{path.name[:LONGEST]}.{this_host()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    told = f"{this_host()}.{os.getpid()}.{START}{secrets.token_hex(4)}"
+    stem = f".{path.name[:LONGEST]}.{told}.tmp"
     return path.with_name(f"{stem}{suffix}")
 
 
@@ -213,13 +217,13 @@ def checked_zip(stored: bytes) -> io.BytesIO:
 def sweep(folder: Path) -> int:
     """Delete what processes that are gone left half written in a folder; returns how much it was.
 
-    Those of this machine are gone if no process has their number; of another machine's files we
-    only know their age.
+    Those of this machine are gone if no process has their number, or if it is ours by now, as in
+    containers; of another machine's files we only know their age.
     """
     count = 0
     for path in folder.iterdir() if folder.is_dir() else ():
         found = NAME.match(path.name)
-        if found is None or not _left_over(path, found["host"], int(found["pid"])):
+        if found is None or not _left_over(path, found):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -229,9 +233,10 @@ def sweep(folder: Path) -> int:
     return count
 
 
-def _left_over(path: Path, host: str, pid: int) -> bool:
-    if host == this_host():
-        return pid != os.getpid() and not is_running(pid)
+def _left_over(path: Path, name: re.Match[str]) -> bool:
+    if name["host"] == this_host():
+        pid = int(name["pid"])
+        return name["start"] != START if pid == os.getpid() else not is_running(pid)
     with contextlib.suppress(FileNotFoundError):
         return time.time() - path.lstat().st_mtime > FORGOTTEN
     return False

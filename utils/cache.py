@@ -191,7 +191,7 @@ KEYS = {
     "nodata": "dataset.nodata",
     "gsd": "dataset.gsd",
     "label_rules": "dataset.classes and dataset.labels",
-    "filters": "prepare.min_valid, min_labeled, background_keep",
+    "filters": "prepare.min_valid, min_labeled, background_keep, resources.seed",
 }
 
 

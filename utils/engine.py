@@ -4,6 +4,7 @@ The loss of a step is the mean over all labelled pixels of its global batch, how
 split into micro-batches and ranks: each part's loss is weighted by its share of those pixels.
 """
 
+import copy
 import csv
 import io
 import math
@@ -44,7 +45,7 @@ from utils.tiling import batched
 
 Encode = Callable[[Tensor], list[Tensor]]
 Save = Callable[[nn.Module, int, Score], Path]
-STATES = 14  # times the weights: the best, two states of weights, average and optimizer, a new one
+STATES = 17  # times the weights: three states of 5, with average, optimizer and best; two bests
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,9 +216,10 @@ class Keeper:
     """
 
     def __init__(
-        self, step: Step, stopping: EarlyStopping, resume: Resume | None, minutes: float
+        self, step: Step, stopping: EarlyStopping, resume: Resume | None, minutes: float, save: Save
     ) -> None:
         self.step, self.stopping, self.resume, self.minutes = step, stopping, resume, minutes
+        self.save, self.best_path = save, Path()
         self._kept = time.monotonic()
 
     @property
@@ -230,14 +232,14 @@ class Keeper:
         run, found = self.step.run, None
         if self.resume is not None and run.is_main:
             found = self.resume.find(log)
-            if found is not None and found.best:
-                found = found if self.has_best(found, log) else None
         found = run.agree(found)
         if found is None:
             return Progress()
         try:
             self.step.load_state_dict(found.parts)
             self.stopping.load_state_dict(found.stopping)
+            if found.best and not alike(found.best_weights, self.step.head.state_dict()):
+                raise ValueError("the best weights are of other shapes or types")
             if not self.step.stands_at(found):
                 raise ValueError(f"it is not in epoch {found.epoch} after {found.windows} steps")
         except DAMAGE as error:
@@ -245,21 +247,28 @@ class Keeper:
                 f"{self.resume.path}: does not fit the head and its optimizer "
                 f"({' '.join(str(error).split())[:200]}); delete it, or train.resume: never"
             ) from error
+        if found.best and run.is_main:
+            self._restore_best(found, log)
         if not found.finished:
             log.info(f"train: going on in epoch {found.epoch} after {found.windows} steps of it")
         return found
 
-    def has_best(self, found: Progress, log: VerbosityLogger) -> bool:
-        """Whether the best weights so far are there, beside the state, and whole."""
-        path = self.resume.path.with_name(Path(found.best["path"]).name)
-        found.best["path"] = str(path)
-        try:
-            load_checkpoint(path)
-        except CheckpointError as error:
-            told = str(error) if path.exists() else f"{path}: is gone"
-            log.warning(f"{told}, so training starts anew")
-            return False
-        return True
+    def _restore_best(self, found: Progress, log: VerbosityLogger) -> None:
+        """Write the best weights so far again, unless they are there as the state has them."""
+        self.best_path = self.resume.best_path
+        if odd := other_than(found, self.best_path):
+            log.warning(f"{odd}; it is written again from the state of training")
+            head = copy.deepcopy(self.step.head)
+            head.load_state_dict(found.best_weights)
+            self.save(head, found.best["epoch"], score_of(found.best))
+
+    def keep_best(self, progress: Progress, score: Score) -> None:
+        """Put the weights that validation just judged on record as the best."""
+        head, epoch = self.step.evaluated, progress.epoch
+        progress.best = {"epoch": epoch, **asdict(score)}
+        if self.step.run.is_main:
+            progress.best_weights = plain_state(head)
+            self.best_path = self.save(head, epoch, score)
 
     def keep(self, progress: Progress) -> None:
         """Write where training stands now."""
@@ -268,6 +277,22 @@ class Keeper:
             progress.parts, progress.stopping = self.step.state_dict(), self.stopping.state_dict()
             self.resume.keep(progress)
         self._kept = time.monotonic()
+
+
+def other_than(progress: Progress, path: Path) -> str:
+    """What to say of a file that does not hold a progress's best weights; nothing of one that does.
+
+    A run that was killed between the two may have left newer ones.
+    """
+    try:
+        kept = load_checkpoint(path)
+    except CheckpointError as error:
+        return str(error) if path.exists() else f"{path}: is gone"
+    weights, epoch = progress.best_weights, progress.best["epoch"]
+    same = kept.epoch == epoch and alike(kept.state, weights)
+    if same and all(torch.equal(kept.state[name], weights[name]) for name in weights):
+        return ""
+    return f"{path}: holds other weights than the best of this training, of epoch {epoch}"
 
 
 def train_one_epoch(
@@ -338,7 +363,8 @@ def fit(
     weights = class_weights_of(section, manifest, loaders)
     steps = section.epochs * windows
     step = Step(head, normalize, section, manifest, steps, run, device, weights, encode)
-    keeper = Keeper(step, EarlyStopping(section.patience), resume, section.checkpoint_minutes)
+    stopping, minutes = EarlyStopping(section.patience), section.checkpoint_minutes
+    keeper = Keeper(step, stopping, resume, minutes, save)
     progress = keeper.find(log)
     if progress.history and run.is_main:  # as the state has it, whatever became of the file
         write_history(progress.history, section.weights_dir / "metrics.csv")
@@ -357,15 +383,14 @@ def fit(
         except StoppedError:
             keeper.keep(progress)
             raise
-        conclude(progress, losses, score, keeper, save, log)
+        conclude(progress, losses, score, keeper, log)
     run.wait()
-    return best_of(progress)
+    return best_of(progress, keeper.best_path)
 
 
 def conclude(
-    progress: Progress, losses: TrainLosses, score: Score, keeper: Keeper, save: Save,
-    log: VerbosityLogger,
-) -> None:  # fmt: skip
+    progress: Progress, losses: TrainLosses, score: Score, keeper: Keeper, log: VerbosityLogger
+) -> None:
     """Put an epoch on record: the best weights, metrics.csv, a line, and the progress."""
     step, stopping, epoch = keeper.step, keeper.stopping, progress.epoch
     run, section = step.run, step.section
@@ -373,8 +398,7 @@ def conclude(
     better = stopping.update(run.agree(score.miou))
     progress.history.append(row_of(epoch, losses, score, step))
     if better:
-        path = save(step.evaluated, epoch, score) if run.is_main else Path()
-        progress.best = {"epoch": epoch, "path": str(path), **asdict(score)}
+        keeper.keep_best(progress, score)
     if run.is_main:
         write_history(progress.history, section.weights_dir / "metrics.csv")
     log.info(epoch_line(epoch, section.epochs, losses, score, better))
@@ -385,13 +409,20 @@ def conclude(
     keeper.keep(progress)
 
 
-def best_of(progress: Progress) -> Best:
+def best_of(progress: Progress, path: Path) -> Best:
     """The best epoch so far."""
     if progress.best is None:
         raise DivergedError("no epoch had a validation mIoU; the validation tiles show no class")
-    best = progress.best
-    score = Score(best["loss"], tuple(best["iou"]), tuple(best["dice"]))
-    return Best(best["epoch"], score, Path(best["path"]))
+    return Best(progress.best["epoch"], score_of(progress.best), path)
+
+
+def score_of(best: dict[str, Any]) -> Score:
+    """The score that a progress has of its best epoch.
+
+    >>> score_of({"epoch": 3, "loss": 0.5, "iou": (1.0,), "dice": (1.0,)}).miou
+    1.0
+    """
+    return Score(best["loss"], tuple(best["iou"]), tuple(best["dice"]))
 
 
 def class_weights_of(

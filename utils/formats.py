@@ -62,6 +62,12 @@ def kind_of(path: Path) -> tuple[str, str] | None:
     return next(((what, end) for starts, what, end in KINDS if head.startswith(starts)), None)
 
 
+def is_tiff(path: Path) -> bool:
+    """Whether a file begins as a TIFF does."""
+    with path.open("rb") as file:
+        return file.read(4).startswith(TIFF_STARTS)
+
+
 def false_ending(path: Path) -> str | None:
     """What to say of a raster that its ending passes off as another kind; None of other files."""
     found = kind_of(path)

@@ -7,17 +7,19 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from config import TTA, Inference
+from config import TTA, Inference, Resources
 from utils.artefacts import require_replaceable, sweep, temporary_of
 from utils.blending import Strip
 from utils.checkpoint import Checkpoint
 from utils.distributed import autocast, most_at_once, upload
+from utils.formats import is_tiff
 from utils.ground import PolygonError
 from utils.journal import Journal, journal_folder, journal_held
 from utils.logging import VerbosityLogger
@@ -46,6 +48,7 @@ from utils.raster import (
     Reading,
     Scene,
     ground_gsd,
+    is_whole,
     open_scene,
     read_tags,
     rows_on,
@@ -55,6 +58,7 @@ from utils.space import Need, bytes_below, require_space
 from utils.streaming import ahead, behind
 from utils.tiling import Tile, batched, tiles
 from utils.turns import Turn, distinct_turns
+from utils.vectors import is_vector
 
 Network = Callable[[Tensor], Tensor]  # pixels (B, bands, S, S) to probabilities (B, K, S, S)
 Segment = Callable[[np.ndarray], Tensor]  # the same, from raw pixels in memory
@@ -130,12 +134,13 @@ class Trained:
 
 
 def trained_as(
-    checkpoint: Checkpoint, path: Path, section: Inference, precision: str
+    checkpoint: Checkpoint, path: Path, section: Inference, precision: str, resources: Resources
 ) -> Trained:
     """How a checkpoint's head was trained, and what a map says of where it comes from."""
     colors = tuple(tuple(color) for color in checkpoint.class_colors)
     told = {"tile_size", "overlap", "blend", "tta", "min_area", "simplify"}
-    settings = section.model_dump(mode="json", include=told) | {"precision": precision}
+    settings = section.model_dump(mode="json", include=told)
+    settings |= {"precision": precision, "matmul_precision": resources.matmul_precision}
     tags = {
         "DINOV3SEG_CLASSES": json.dumps(checkpoint.class_names, ensure_ascii=False),
         "DINOV3SEG_HEAD": checkpoint.head,
@@ -226,9 +231,15 @@ def outputs_of(section: Inference, name: str, several: bool) -> list[Path]:
     return paths if polygons is None else [*paths, polygons]
 
 
-def check_outputs(section: Inference, scenes: Sequence[SceneFile], several: bool) -> None:
-    """Refuse to write over a scene, over another output, or into a folder that is a file."""
-    taken = {scene.path.resolve(): f"the scene {scene.path}" for scene in scenes}
+def check_outputs(
+    section: Inference, scenes: Sequence[SceneFile], several: bool,
+    others: Mapping[Path, str] = MappingProxyType({}),
+) -> None:  # fmt: skip
+    """Refuse to write over a scene, over another output, or into a folder that is a file.
+
+    others: more files to keep, resolved, each with what it is.
+    """
+    taken = {scene.path.resolve(): "the scene" for scene in scenes} | dict(others)
     for scene in scenes:
         journal = journal_folder(raster_path(section.output_tif, scene.name, several))
         if journal.exists() and not journal.is_dir():
@@ -239,24 +250,35 @@ def check_outputs(section: Inference, scenes: Sequence[SceneFile], several: bool
             require_replaceable(path)
             if several and path.parent.is_file():
                 raise InferenceError(f"{path.parent}: is a file; several scenes need a folder")
+            if path.is_file() and not (is_vector(path) or is_tiff(path)):
+                raise InferenceError(f"{path}: is a file but no map; name another one")
             taken[path.resolve()] = "another output"
 
 
 def is_finished(section: Inference, file: SceneFile, trained: Trained) -> bool:
-    """Whether all of a scene's files are there, from the same scene, checkpoint and settings.
+    """Whether all of a scene's files are there and whole, from the same scene, checkpoint and
+    settings.
 
-    The journal goes last: while it is there, some of them may be of an older run.
+    The journal goes last: while it is there, some of them may be of an older run. Polygons, which
+    say nothing of that, are made after the map.
     """
     paths = outputs_of(section, file.name, several=True)
     if not all(path.is_file() for path in paths) or journal_folder(paths[0]).exists():
         return False
     try:
         with open_scene(file.path, trained.reading, file.name) as scene:
-            wanted, modified = tags_of(scene, trained), scene.identity["modified"]
-        same = wanted.items() <= read_tags(paths[0]).items()
-        return same and modified <= paths[0].stat().st_mtime_ns
+            tags, modified = tags_of(scene, trained), scene.identity["modified"]
+        return all(is_current(path, paths[0], tags, modified) for path in paths)
     except RasterError:
         return False
+
+
+def is_current(path: Path, made_from: Path, tags: Mapping[str, str], modified: int) -> bool:
+    """Whether an output is of these tags, whole, and not older than what it is made from."""
+    changed = path.stat().st_mtime_ns
+    if is_vector(path):
+        return changed >= made_from.stat().st_mtime_ns
+    return changed >= modified and tags.items() <= read_tags(path).items() and is_whole(path)
 
 
 def tags_of(scene: Scene, trained: Trained) -> dict[str, str]:

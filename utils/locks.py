@@ -44,7 +44,7 @@ def alone_in(folder: Path, key: str, make: bool = True) -> Iterator[None]:
     elif not folder.is_dir():
         yield
         return
-    lock = FileLock(folder / LOCK)
+    lock = lock_at(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
@@ -75,7 +75,7 @@ def if_free(path: Path) -> Iterator[bool]:
     ...         first, second
     (True, False)
     """
-    lock, free = FileLock(path), True
+    lock, free = lock_at(path), True
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -87,6 +87,15 @@ def if_free(path: Path) -> Iterator[bool]:
         yield free
     finally:
         lock.release()
+
+
+def lock_at(path: Path) -> FileLock:
+    """A lock that ends with the process, or none: a file instead would outlive what is killed.
+
+    >>> lock_at(Path(".lock")).fallback_to_soft
+    False
+    """
+    return FileLock(path, fallback_to_soft=False)
 
 
 def _now() -> str:

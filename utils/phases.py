@@ -138,8 +138,8 @@ def train(config: Config, run: Runtime, log: VerbosityLogger) -> None:
     normalize = Normalize(manifest.image_mean, manifest.image_std)
     save = keep_best(best_path(section.weights_dir, name), name, manifest, to_yaml(config))
     identity = identity_of(
-        name, section, manifest, config.dataset.augmentations, seed, split.train, split.val,
-        run.world_size,
+        name, section, manifest, config.dataset.augmentations, config.resources, split.train,
+        split.val, run.world_size,
     )  # fmt: skip
     resume = Resume(last_path(section.weights_dir, name), identity, section.resume == "never")
     best = fit(head, normalize, loaders, section, manifest, run, device, save, log, encode, resume)
@@ -176,7 +176,7 @@ def inference(config: Config, run: Runtime, log: VerbosityLogger) -> None:
     device = run.device(section.device)
     log.info(f"inference: {device_reason(section.device, device)}")
     precision = precision_as_trained(path, checkpoint, config.resources.precision, device, log)
-    trained = trained_as(checkpoint, path, section, precision)
+    trained = trained_as(checkpoint, path, section, precision, config.resources)
     check_spaces(section, scenes, trained)
     backbone = build_backbone(config.model, spec, HALF[checkpoint.feature_dtype])
     require_fit(path, checkpoint, config, backbone)

@@ -16,6 +16,7 @@ from utils.distributed import Runtime
 from utils.engine import best_path
 from utils.inference import check_outputs, in_folder, scenes_to_map
 from utils.locks import alone_in
+from utils.raster import RasterError
 from utils.scenes import files_of
 from utils.space import nearest
 from utils.splits import require_list
@@ -49,7 +50,8 @@ def check_content(config: Config) -> None:
         require_cache(config, read_manifest(config.train.processed_dir))
     if config.inference.enable:
         scenes = scenes_to_map(config.inference)
-        check_outputs(config.inference, scenes, in_folder(config.inference, scenes))
+        several = in_folder(config.inference, scenes)
+        check_outputs(config.inference, scenes, several, inputs_of(config))
 
 
 def require_files(sources: Path | tuple[Path, ...], key: str) -> None:
@@ -79,6 +81,18 @@ def lists_of(config: Config) -> list[Path]:
     """The files that the split is made by."""
     splits = config.dataset.splits
     return [path for path in (splits.regions, splits.train_list, splits.val_list) if path]
+
+
+def inputs_of(config: Config) -> dict[Path, str]:
+    """The files of a project that no map may replace, each with what it is."""
+    found: dict[Path, str] = {}
+    sources = ((config.prepare.raw_images_dir, "a training scene"),
+               (config.prepare.label_path, "a label file"))  # fmt: skip
+    for given, what in sources:
+        for source in each_of(given or ()):
+            with contextlib.suppress(RasterError):  # where prepare is off they may be gone
+                found |= {path.resolve(): what for _, path in files_of(source, "")}
+    return found | {path.resolve(): "a file that the split is made by" for path in lists_of(config)}
 
 
 def outputs_of(config: Config) -> Iterator[tuple[str, Path]]:

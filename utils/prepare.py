@@ -164,6 +164,8 @@ def describe_cache(
         )
     legend = legend_of(config.dataset.classes, config.model.num_classes)
     filters = section.model_dump(include={"min_valid", "min_labeled", "background_keep"})
+    if section.background_keep < 1:
+        filters["seed"] = config.resources.seed  # it chooses which are kept
     return Manifest(
         backbone=spec.name,
         backbone_hash=backbone.weights_hash,

@@ -28,7 +28,7 @@ from rasterio.warp import reproject, transform, transform_geom
 from rasterio.windows import Window
 from shapely.geometry import Polygon, mapping, shape
 
-from utils.formats import TIFF_STARTS, drivers_of, false_ending, too_large
+from utils.formats import drivers_of, false_ending, is_tiff, too_large
 from utils.tiling import Tile
 from utils.vrt import VrtError, sources_of
 
@@ -261,9 +261,8 @@ def check_structure(path: Path) -> None:
     """Refuse a TIFF whose directory points past the file's end, before any pixel is decoded."""
     if not path.is_file():
         return
-    with path.open("rb") as file:
-        if not file.read(4).startswith(TIFF_STARTS):
-            return
+    if not is_tiff(path):
+        return
     size = path.stat().st_size
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # odd tags are no fault of structure
     try:
@@ -587,6 +586,18 @@ def read_tags(path: Path) -> dict[str, str]:
     """What a map of ours says of itself, whatever its name ends in."""
     with open_raster(path, MAP) as dataset:
         return dataset.tags()
+
+
+def is_whole(path: Path) -> bool:
+    """Whether every block of a map of ours can be decoded, which checks what deflate says of it."""
+    check_structure(path)
+    with open_raster(path, MAP) as dataset:
+        try:
+            for _, window in dataset.block_windows(1):
+                dataset.read(window=window)
+        except RasterioError:
+            return False
+    return True
 
 
 def rows_on(path: Path, grid: Grid, rows: int = BLOCK) -> Iterator[np.ndarray]:

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from config import Augmentations, Train
+from config import Augmentations, Resources, Train
 from utils.artefacts import write_artefact
 from utils.cache import Manifest, hash_of, load_plain
 from utils.metrics import Score
 from utils.records import fits, has_format, is_plain, unfit
 
-FORMAT = 1
+FORMAT = 2
 HARMLESS = {  # what a run may change and go on
     "enable", "processed_dir", "weights_dir", "device", "num_workers", "patience", "compile",
     "val_fraction", "resume", "checkpoint_minutes",
@@ -32,7 +33,7 @@ OF_CACHE = (
 )  # fmt: skip
 
 
-BEST = {"epoch": int, "path": str} | {each.name: each.type for each in fields(Score)}
+BEST = {"epoch": int} | {each.name: each.type for each in fields(Score)}
 SUMS = 5  # loss, ce, dice, aux, pixels
 
 
@@ -46,14 +47,16 @@ class StateError(Exception):
 class Progress:
     """How far training has come: `epoch` is under way, `windows` of its optimizer steps are done.
 
-    sums has the losses so far of each rank, best the score of the best epoch, history a row for
-    each whole epoch, parts the state_dicts of everything that learns.
+    sums has the losses so far of each rank, best the score of the best epoch, best_weights what the
+    head was then, history a row for each whole epoch, parts the state_dicts of everything that
+    learns.
     """
 
     epoch: int = 1
     windows: int = 0
     sums: list[list[float]] = field(default_factory=list)
     best: dict[str, Any] | None = None
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
     stopping: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
     finished: bool = False
@@ -79,14 +82,15 @@ def before(path: Path) -> Path:
 
 
 def identity_of(
-    head: str, section: Train, manifest: Manifest, augmentations: Augmentations, seed: int,
-    train: Sequence[str], val: Sequence[str], world_size: int,
+    head: str, section: Train, manifest: Manifest, augmentations: Augmentations,
+    resources: Resources, train: Sequence[str], val: Sequence[str], world_size: int,
 ) -> dict[str, Any]:  # fmt: skip
     """All that must be the same for training to go on."""
     settings = section.model_dump(mode="json", exclude=HARMLESS)
     return {
         "model.head": head,
-        "resources.seed": seed,
+        "resources.seed": resources.seed,
+        "resources.matmul_precision": resources.matmul_precision,
         "number of processes": world_size,
         "dataset.augmentations": augmentations.model_dump(),
         "tiles to train on": digest(train),
@@ -127,6 +131,7 @@ class Resume:
     def __init__(self, path: Path, identity: dict[str, Any], anew: bool = False) -> None:
         self.path, self.anew = path, anew
         self.identity = json.loads(json.dumps(identity))  # as a file gives it back
+        self.best_path = path.with_name(f"{path.stem.removesuffix('_last')}_best.pth")
         self._sound = False  # whether the file at the path is known to be one to go back to
 
     def keep(self, progress: Progress) -> None:
@@ -210,7 +215,6 @@ def contradicting(content: dict[str, Any]) -> list[str]:
     as_kept = best is None or (
         set(best) == set(BEST)
         and all(fits(best[name], kind) for name, kind in BEST.items())
-        and Path(best["path"]).name != ""
     )
     sound = {
         "epoch and history": epoch == len(history) + 1,
@@ -219,5 +223,6 @@ def contradicting(content: dict[str, Any]) -> list[str]:
         "sums": len(content["sums"]) in (0, ranks)
         and all(len(each) == SUMS for each in content["sums"]),
         "best": as_kept,
+        "best and best_weights": (best is None) == (not content["best_weights"]),
     }
     return [name for name, right in sound.items() if not right]
