@@ -250,7 +250,8 @@ def check_outputs(
             require_replaceable(path)
             if several and path.parent.is_file():
                 raise InferenceError(f"{path.parent}: is a file; several scenes need a folder")
-            if path.is_file() and not (is_vector(path) or is_tiff(path)):
+            plain = path.is_file() and not path.is_symlink()  # a link is replaced, not followed
+            if plain and not (is_vector(path) or is_tiff(path)):
                 raise InferenceError(f"{path}: is a file but no map; name another one")
             taken[path.resolve()] = "another output"
 
