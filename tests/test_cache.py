@@ -390,7 +390,7 @@ DIFFERENCES = {
     "label_rules": (RULES | {"unlisted": "ignore"}, "dataset.classes and dataset.labels"),
     "filters": (
         {"min_valid": 0.5, "min_labeled": 0.0, "background_keep": 1.0},
-        "prepare.min_valid, min_labeled, background_keep",
+        "prepare.min_valid, min_labeled, background_keep, resources.seed",
     ),
     "norm": ("none", "norm"),
 }

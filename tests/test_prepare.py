@@ -622,6 +622,8 @@ def test_the_kept_share_is_seeded_and_the_same_on_every_rank(project, rng):
     other = replace(other, config=other.config.model_copy(update={"resources": seed}))
     other.prepare()
     assert other.tiles() != kept
+    mixed = replace(half, config=half.config.model_copy(update={"resources": seed}))
+    assert "'seed': 5" in refused(mixed)  # a union of two choices would be none
 
 
 @given(st.floats(0, 1), st.integers(0, 2**32 - 1))
@@ -638,7 +640,7 @@ def test_the_kept_share_of_background_is_the_one_asked_for(share, seed):
 def test_other_filters_are_refused(prepared, key):
     said = refused(prepared.changed(**{key: 0.5}))
     assert "this cache was made with filters" in said
-    assert "(prepare.min_valid, min_labeled, background_keep)" in said
+    assert "(prepare.min_valid, min_labeled, background_keep, resources.seed)" in said
 
 
 # Other settings of the data
