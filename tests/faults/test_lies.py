@@ -133,7 +133,7 @@ def mapped(tmp_path_factory) -> Path:
 
 
 def test_a_file_that_lies_is_believed_or_refused_and_no_bug_of_ours(mapped, tmp_path):
-    count, journal, seed = sized(40, 4000), tmp_path / "journal", 7
+    count, journal, seed = sized(24, 4000), tmp_path / "journal", 7
     told: dict[int, tuple[int | str, str]] = {}
     kept = {path: path.read_bytes() for _, path, *_ in liars_of(mapped)}
     code, reached = 1, 0
