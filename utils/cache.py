@@ -33,7 +33,7 @@ from utils.artefacts import (
     patiently,
     write_artefact,
 )
-from utils.claims import contradicting, odd_scene
+from utils.claims import FEATURE_DTYPES, contradicting, odd_scene
 from utils.limits import MEBIBYTE, limited_bytes
 from utils.records import has_format, unfit
 from utils.tiling import tiles
@@ -45,7 +45,6 @@ PLACE = re.compile(r"r[0-9]{6,}_c[0-9]{6,}")  # of a tile, as its name ends
 OVERHEAD = 1 << 13  # bytes of a tile's file beside its tensors: names, checksums, room to align
 LARGEST = 4096 * MEBIBYTE  # of a file of weights
 LARGEST_MANIFEST = 1024 * MEBIBYTE  # some millions of tiles
-FEATURE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 # what torch and zipfile raise on bytes that are not what torch.save wrote
 DAMAGE = (
     pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, LookupError,

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from utils.formats import too_large
 from utils.records import fits
 
@@ -20,7 +22,7 @@ SCENE = {  # what a manifest says of a scene
 }
 MOST_CHANNELS = 2**15  # of a feature map; the largest DINOv3 has 4096
 LARGEST_LABEL = 2**31  # label values lie below
-FEATURE_DTYPES = ("fp16", "bf16", "int8")
+FEATURE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
 def contradicting(made: Any) -> list[str]:

@@ -314,11 +314,11 @@ def predict_scene(
 def check_spaces(section: Inference, scenes: Sequence[SceneFile], trained: Trained) -> None:
     """Compare what each scene's maps may take with what is free, before weights are loaded.
 
-    Scenes that cannot be read are passed over: that is told where their turn comes.
+    Scenes that cannot be read, or may be finished, are passed over: their turn tells.
     """
     several = in_folder(section, scenes)
     for file in scenes:
-        if several and is_finished(section, file, trained):
+        if several and all(path.is_file() for path in outputs_of(section, file.name, several)):
             continue
         products = products_of(section, file.name, several, trained.legend)
         with (

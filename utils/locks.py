@@ -44,30 +44,26 @@ def alone_in(folder: Path, key: str, make: bool = True) -> Iterator[None]:
     elif not folder.is_dir():
         yield
         return
-    lock = lock_at(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise LockError(
-            f"{folder}: in use by {_holder(folder)}; wait for that run, or name another folder "
-            f"({key})"
-        ) from error
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-    try:
+    with if_free(folder / LOCK) as free:
+        if not free:
+            raise LockError(
+                f"{folder}: in use by {_holder(folder)}; wait for that run, or name another folder "
+                f"({key})"
+            )
         sweep(folder)
         told = {"process": os.getpid(), "machine": socket.gethostname(), "since": _now()}
-        write_artefact(folder / HOLDER, json.dumps(told).encode())
-        yield
-    finally:
-        (folder / HOLDER).unlink(missing_ok=True)
-        lock.release()
+        try:
+            write_artefact(folder / HOLDER, json.dumps(told).encode())
+            yield
+        finally:
+            (folder / HOLDER).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def if_free(path: Path) -> Iterator[bool]:
     """Hold a lock file through the block if no other run does, and say whether.
+
+    The lock ends with the process, or there is none: a file instead would outlive what is killed.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -75,7 +71,7 @@ def if_free(path: Path) -> Iterator[bool]:
     ...         first, second
     (True, False)
     """
-    lock, free = lock_at(path), True
+    lock, free = FileLock(path, fallback_to_soft=False), True
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -87,15 +83,6 @@ def if_free(path: Path) -> Iterator[bool]:
         yield free
     finally:
         lock.release()
-
-
-def lock_at(path: Path) -> FileLock:
-    """A lock that ends with the process, or none: a file instead would outlive what is killed.
-
-    >>> lock_at(Path(".lock")).fallback_to_soft
-    False
-    """
-    return FileLock(path, fallback_to_soft=False)
 
 
 def _now() -> str:

@@ -213,8 +213,7 @@ def contradicting(content: dict[str, Any]) -> list[str]:
     best, history, epoch = content["best"], content["history"], content["epoch"]
     ranks = content["identity"].get("number of processes")
     as_kept = best is None or (
-        set(best) == set(BEST)
-        and all(fits(best[name], kind) for name, kind in BEST.items())
+        set(best) == set(BEST) and all(fits(best[name], kind) for name, kind in BEST.items())
     )
     sound = {
         "epoch and history": epoch == len(history) + 1,
