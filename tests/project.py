@@ -18,6 +18,7 @@ import yaml
 import main
 from models.backbone import write_random_backbone
 from utils.cache import Manifest, read_manifest, write_tile
+from utils.checkpoint import Checkpoint
 from utils.data import Sample
 from utils.distributed import LAUNCH
 from utils.raster import Grid, north_up, write_raster
@@ -167,6 +168,40 @@ def manifest_of(channels: int = 32, levels: int = 2, **changes: Any) -> Manifest
         "class_colors": [COLORS[number % CLASSES].tolist() for number in classes],
     }
     return Manifest(**settings | changes)
+
+
+def checkpoint_of(state: dict[str, torch.Tensor], **changes: Any) -> Checkpoint:
+    """Weights of a linear head that was trained on four bands, of which three are seen."""
+    settings = {
+        "head": "linear",
+        "num_classes": CLASSES,
+        "channels": 4,
+        "levels": 2,
+        "backbone": "./backbone",
+        "backbone_hash": "a" * 64,
+        "layers": [1, 3],
+        "norm": "final",
+        "image_mean": [0.3, 0.2, 0.1, 0.2],
+        "image_std": [0.6, 0.5, 0.4, 0.5],
+        "patch_size": 16,
+        "tile_size": TILE,
+        "precision": "fp32",
+        "feature_dtype": "fp16",
+        "bands": [1, 2, 3, 4],
+        "rgb": [2, 1, 0],
+        "ranges": [[0.0, 3000.0]] * 4,
+        "nodata": None,
+        "gsd": 0.5,
+        "ground_gsd": 0.5,
+        "class_names": ["field", "wood", "water"],
+        "class_colors": COLORS.tolist(),
+        "ignore_index": IGNORE,
+        "epoch": 7,
+        "metrics": {"miou": 0.5, "iou": [0.25, None, 0.75]},
+        "config": "train: {}\n",
+        "state": state,
+    }
+    return Checkpoint(**settings | changes)
 
 
 def write_stamped(folder: Path, name: str, *parts: Any, **named: Any) -> None:

@@ -377,7 +377,7 @@ DIFFERENCES = {
     "num_classes": (4, "model.num_classes"),
     "ignore_index": (254, "dataset.ignore_index"),
     "image_std": ([0.1, 0.2, 0.3], "model.image_std"),
-    "channels": (8, "channels"),
+    "channels": (8, "model.dino_channels"),
     "patch_size": (8, "patch_size"),
     "cache": ("tiles", "dataset.cache"),
     "views": ([[False, False, 0], [True, False, 0]], "train.augment_views"),
@@ -430,9 +430,9 @@ def test_classes_that_are_renamed_or_coloured_anew_go_on_with_the_cache(tmp_path
     assert read_manifest(tmp_path).class_names == names
 
 
-def test_a_cache_of_the_older_format_says_to_delete_it(tmp_path):
+def test_a_manifest_of_the_older_format_says_what_to_do(tmp_path):
     (tmp_path / MANIFEST).write_text(json.dumps(asdict(MADE) | {"format": 3}))
-    with pytest.raises(CacheError, match=f"format 3, expected 4.*; delete {tmp_path}"):
+    with pytest.raises(CacheError, match="format 3, expected 4.*; delete it and run prepare"):
         read_manifest(tmp_path)
 
 
@@ -450,7 +450,7 @@ def test_of_several_differences_each_field_is_named(tmp_path):
     assert said[:4] == [
         "backbone_hash 000000000000..., this run has ffffffffffff... (model.backbone)",
         "layers [0, 1], this run has [1, 2] (model.layers)",
-        "channels 4, this run has 8 (channels)",
+        "channels 4, this run has 8 (model.dino_channels)",
         "tile_size 32, this run has 64 (prepare.tile_size)",
     ]
     assert len(said) == 5
@@ -598,10 +598,32 @@ def test_the_same_weights_under_another_name_go_on_with_the_cache(tmp_path):
     assert claim(replace(MADE, backbone="/elsewhere"), tmp_path) == made
 
 
-def test_a_folder_with_tiles_of_unknown_origin_is_refused(tile):
-    with pytest.raises(CacheError, match="no manifest.json"):
+def test_a_cache_whose_manifest_is_lost_takes_its_tiles_back(tile):
+    before = tile.read_bytes()
+    tile.with_name(AT[1] + ".pt").write_bytes(before[:99])  # may have been a tile of this cache
+    assert claim(MADE, tile.parent) == read_manifest(tile.parent) == MADE
+    assert tile.read_bytes() == before
+
+
+@pytest.mark.parametrize("odd", ["other settings", "without stamp", "no tile", "a model"])
+def test_a_folder_with_files_of_unknown_origin_is_refused(tile, odd):
+    """Another's weights, or tiles of a cache whose settings only its lost manifest told."""
+    path = tile.with_name(AT[1] + ".pt")
+    if odd == "other settings":
+        write_tile(tile.parent, path.stem, **content(made=replace(MADE, norm="none")))
+    elif odd == "without stamp":
+        write_tile(tile.parent, path.stem, **content() | {"stamp": ""})
+    elif odd == "no tile":
+        torch.save([1, 2], path)
+    else:
+        path = path.with_name("model.pt")
+        path.write_bytes(tile.read_bytes())
+    before = path.read_bytes()
+    said = f"holds no manifest.json, but {path.name}, .*; use an empty folder"
+    with pytest.raises(CacheError, match=said):
         claim(MADE, tile.parent)
-    assert tile.exists()
+    assert path.read_bytes() == before
+    assert not (tile.parent / MANIFEST).exists()
 
 
 def test_json_of_the_manifest_is_readable(tmp_path):
@@ -653,6 +675,24 @@ def test_a_scene_that_was_taken_away_changed_and_came_back_is_made_again(tmp_pat
     both = {"north": {**IDENTITY, "modified": 3}, "south": IDENTITY}
     assert drop_changed(found, both, tmp_path) == ["north"]
     assert tile_names(tmp_path, read_manifest(tmp_path)) == ["south__r000000_c000000"]
+
+
+def test_a_scene_that_came_back_as_it_was_keeps_its_tiles(tmp_path):
+    found = replace(MADE, scenes={"north": IDENTITY})
+    stamp = found.stamp_of(NAME)
+    write_tile(tmp_path, NAME, **content() | {"stamp": stamp})
+    assert drop_changed(found, {}, tmp_path) == []
+    changed = {"north": {**IDENTITY, "modified": 3}}
+    before = tile_path(tmp_path, NAME).stat()
+    assert drop_changed(read_manifest(tmp_path), {"north": IDENTITY}, tmp_path) == []
+    assert tile_path(tmp_path, NAME).stat() == before
+    assert drop_changed(read_manifest(tmp_path), changed, tmp_path) == ["north"]
+    assert not tile_path(tmp_path, NAME).exists()
+
+
+def test_a_pipe_in_a_tile_s_place_is_not_waited_for(tmp_path):
+    os.mkfifo(tile_path(tmp_path, NAME))
+    assert drop_changed(MADE, {"north": IDENTITY}, tmp_path) == ["north"]
 
 
 def test_a_new_scene_is_not_called_changed(tmp_path):

@@ -3,35 +3,20 @@
 import pickle
 from dataclasses import fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from project import checkpoint_of
 from torch import nn
 
-from config import Config, Dataset, Model
 from utils.checkpoint import (
     Checkpoint,
     CheckpointError,
     load_checkpoint,
     load_weights,
     plain_state,
-    precision_as_trained,
-    require_equal,
-    require_fit,
     save_checkpoint,
 )
-
-CPU = torch.device("cpu")
-SPEC = SimpleNamespace(
-    layers=(1, 3),
-    channels=4,
-    norm="final",
-    image_mean=(0.3, 0.2, 0.1, 0.2),
-    image_std=(0.6, 0.5, 0.4, 0.5),
-    rgb=(2, 1, 0),
-)
-BACKBONE = SimpleNamespace(spec=SPEC, weights_hash="a" * 64)
 
 
 def head(channels: int = 4) -> nn.Module:
@@ -40,35 +25,7 @@ def head(channels: int = 4) -> nn.Module:
 
 
 def made() -> Checkpoint:
-    return Checkpoint(
-        head="linear",
-        num_classes=3,
-        channels=4,
-        levels=2,
-        backbone="./backbone",
-        backbone_hash="a" * 64,
-        layers=[1, 3],
-        norm="final",
-        image_mean=[0.3, 0.2, 0.1, 0.2],
-        image_std=[0.6, 0.5, 0.4, 0.5],
-        patch_size=16,
-        tile_size=64,
-        precision="fp32",
-        feature_dtype="fp16",
-        bands=[1, 2, 3, 4],
-        rgb=[2, 1, 0],
-        ranges=[[0.0, 3000.0]] * 4,
-        nodata=None,
-        gsd=0.5,
-        ground_gsd=0.5,
-        class_names=["field", "wood", "water"],
-        class_colors=[[200, 180, 90], [20, 90, 30], [30, 60, 200]],
-        ignore_index=255,
-        epoch=7,
-        metrics={"miou": 0.5, "iou": [0.25, None, 0.75]},
-        config="train: {}\n",
-        state=plain_state(head()),
-    )
+    return checkpoint_of(plain_state(head()))
 
 
 @pytest.fixture
@@ -196,92 +153,6 @@ def test_a_save_that_is_cut_short_leaves_the_older_checkpoint(path, monkeypatch,
         save_checkpoint(replace(made(), epoch=8), path)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
-
-
-def run_of(head: str = "linear", num_classes: int = 3, **dataset) -> Config:
-    return Config(model=Model(head=head, num_classes=num_classes), dataset=Dataset(**dataset))
-
-
-@pytest.mark.parametrize(
-    "keys",
-    [{}, {"bands": (1, 2, 3, 4)}, {"gsd": 0.5}, {"input_range": (0, 3000)},
-     {"input_range": ((0, 3000),) * 4}, {"input_range": "dtype"}],
-)  # fmt: skip
-def test_a_checkpoint_fits_the_run_it_was_made_for(path, keys):
-    """What the configuration leaves open is as the checkpoint has it."""
-    require_fit(path, load_checkpoint(path), run_of(**keys), BACKBONE)
-
-
-@pytest.mark.parametrize(
-    ("keys", "said"),
-    [
-        ({"bands": (1, 2, 3)}, r"bands is \[1, 2, 3, 4\], this run has \[1, 2, 3\]$"),
-        ({"bands": (4, 3, 2, 1)}, r"bands is .* this run has \[4, 3, 2, 1\]$"),
-        ({"gsd": 2.0}, r"gsd is 0\.5, this run has 2\.0$"),
-        ({"nodata": 0.0}, r"nodata is None, this run has 0\.0$"),
-        ({"input_range": (0, 255)}, r"ranges is \[\[0\.0, 3000\.0\].* has \[\[0\.0, 255\.0\]"),
-    ],
-)
-def test_a_scene_that_is_to_be_read_in_another_way_is_refused(path, log, keys, said):
-    with pytest.raises(CheckpointError, match=said) as caught:
-        require_fit(path, load_checkpoint(path), run_of(**keys), BACKBONE)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_backbone_that_sees_other_bands_is_refused(path, log):
-    spec = SimpleNamespace(**{**vars(SPEC), "rgb": (0, 1, 2)})
-    other = SimpleNamespace(spec=spec, weights_hash=BACKBONE.weights_hash)
-    with pytest.raises(CheckpointError, match=r"rgb is \[2, 1, 0\], this run has \[0, 1, 2\]$"):
-        require_fit(path, load_checkpoint(path), run_of(), other)
-
-
-def test_the_bands_that_the_backbone_sees_are_told_by_number():
-    assert made().rgb_bands == [3, 2, 1]
-    assert replace(made(), bands=[5, 7], rgb=[1, 1, 1]).rgb_bands == [7]
-
-
-def test_every_difference_from_the_run_is_named(path, log):
-    section = run_of(head="unet", num_classes=4)
-    other = SimpleNamespace(spec=SPEC, weights_hash="b" * 64)
-    with pytest.raises(CheckpointError) as caught:
-        require_fit(path, load_checkpoint(path), section, other)
-    line = str(caught.value)
-    assert line.startswith(f"{path}: head is 'linear', this run has 'unet'; num_classes is 3, ")
-    assert "backbone_hash" in line
-    assert "layers" not in line
-    assert "\n" not in line
-
-
-@pytest.mark.parametrize("trained", ["fp32", "bf16"])
-def test_maps_are_made_in_the_precision_of_the_training(path, log, monkeypatch, trained):
-    monkeypatch.setattr("utils.checkpoint.has_bf16", lambda device: True)
-    checkpoint = replace(made(), precision=trained)
-    for wanted in ("auto", trained):
-        assert precision_as_trained(path, checkpoint, wanted, CPU, log) == trained
-    assert log.stream.getvalue() == ""
-
-
-def test_another_precision_than_the_training_s_is_a_warning(path, log):
-    assert precision_as_trained(path, replace(made(), precision="bf16"), "fp32", CPU, log) == "fp32"
-    assert "[WARNING]" in log.stream.getvalue()
-    assert "trained in bf16, resources.precision is fp32" in log.stream.getvalue()
-
-
-def test_a_processor_that_emulates_bf16_is_a_warning(path, log, monkeypatch):
-    monkeypatch.setattr("utils.checkpoint.has_bf16", lambda device: False)
-    checkpoint = replace(made(), precision="bf16")
-    assert precision_as_trained(path, checkpoint, "auto", CPU, log) == "bf16"
-    assert "emulates" in log.stream.getvalue()
-
-
-def test_equal_settings_pass():
-    require_equal(Path("x"), {"layers": [1], "mean": [0.1]}, {"layers": [1], "mean": [0.1]})
-
-
-def test_a_checkpoint_that_claims_another_width_is_refused_before_a_head_is_built(path):
-    save_checkpoint(replace(made(), channels=2**15, levels=9), path)
-    with pytest.raises(CheckpointError, match=r"levels is 9, .*; channels is 32768, this"):
-        require_fit(path, load_checkpoint(path), run_of(), BACKBONE)
 
 
 ODD = [None, True, -1, 2.5, "odd", [], ["odd"], [[]], {}, {"odd": 1}]

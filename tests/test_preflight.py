@@ -82,7 +82,7 @@ def test_of_several_faults_the_one_that_is_cheapest_to_find_is_told(config, caps
         ("inference.output_tif=copy/unseen.tif/map.tif", 4, "correct inference.output_tif"),
         ("train.weights_dir=copy/held", 4, "in use by process"),
         ("model.layers=[99]", 2, "model.layers: found [99]"),
-        ("model.num_classes=9", 3, "num_classes is 3, this run has 9"),
+        ("model.num_classes=9", 3, "num_classes 3, this run has 9"),
         ("inference.input_tif=copy/config.yml", 3, "config.yml: "),
         ("dataset.splits.regions=copy/labels.tif", 3, "labels.tif: no vector file"),
     ]
@@ -128,7 +128,7 @@ def never(*_, **__):
     ("settings", "said"),
     [
         (("prepare.tile_size=48",), "prepare.tile_size"),
-        (("model.layers=[1]", "prepare.enable=false"), "layers is"),
+        (("model.layers=[1]", "prepare.enable=false"), "made with layers [0, 1, 2, 3]"),
         (("train.enable=false", "model.layers=[1]", "prepare.enable=false"), "layers is"),
     ],
     ids=["prepare", "train", "inference"],

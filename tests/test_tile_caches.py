@@ -160,7 +160,7 @@ def test_another_backbone_than_the_tiles_were_cached_for_is_refused(tmp_path, ca
     train_only = ("prepare.enable=false", *OFF)
     assert project.run(config, *train_only, "dataset.cache=tiles", *settings) == 3
     said = capsys.readouterr().err
-    assert {"other weights": "(model.backbone)", "other blocks": "layers is [0, 1, 2, 3]",
+    assert {"other weights": "(model.backbone)", "other blocks": "(model.layers)",
             "another mean": "(model.image_mean)"}[harm] in said  # fmt: skip
 
 
@@ -173,7 +173,7 @@ def test_a_cache_of_another_kind_is_refused_unless_auto(tmp_path, capsys, made, 
     capsys.readouterr()
     assert project.run(config, *off, *OFF, f"dataset.cache={asked}") == 3
     said = capsys.readouterr().err
-    assert "dataset.cache" in said or f"cache is '{made}'" in said
+    assert "dataset.cache" in said
     assert project.run(config, *off, *OFF, "dataset.cache=auto") == 0
     assert read_manifest(tmp_path / "cache").cache == made
     assert "measured" not in capsys.readouterr().err

@@ -44,6 +44,7 @@ ground       a grid's pixels on the Earth: metres, true areas
 regions      the connected regions of a map, and their sieve
 polygons     maps as polygons
 checkpoint   weights with everything needed to use them again
+agreement    settings against what a cache or weights were made with
 distributed  ranks, devices, sharing of work
 logging      messages, timed blocks, progress
 process      threads, signals, parent and workers, exit codes

@@ -175,6 +175,7 @@ NOT_SHAPING = PROGRESS | {"filters"}  # a tile that a filter lets through is the
 KEYS = {
     "backbone_hash": "model.backbone",
     "layers": "model.layers",
+    "channels": "model.dino_channels",
     "image_mean": "model.image_mean",
     "image_std": "model.image_std",
     "precision": "resources.precision",
@@ -186,6 +187,7 @@ KEYS = {
     "ignore_index": "dataset.ignore_index",
     "bands": "dataset.bands",
     "rgb": "dataset.rgb",
+    "rgb_bands": "dataset.rgb",
     "ranges": "dataset.input_range",
     "nodata": "dataset.nodata",
     "gsd": "dataset.gsd",
@@ -227,7 +229,10 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError(f"entries that mean nothing: {', '.join(odd)}")
         return manifest
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise CacheError(f"{path}: not a manifest ({error}); delete {folder}") from error
+        raise CacheError(
+            f"{path}: not a manifest ({error}); delete it and run prepare, which keeps tiles that "
+            "were made with the settings it has then"
+        ) from error
 
 
 def untrue(manifest: Manifest) -> list[str]:
@@ -256,12 +261,17 @@ def checksum_of(content: dict[str, Any]) -> str:
 def claim(wanted: Manifest, folder: Path) -> Manifest:
     """The manifest found in a folder if it agrees with `wanted`; in an empty folder, `wanted`.
 
-    A cache made with other settings is refused with each field that differs.
+    A cache made with other settings is refused with each field that differs. Where the manifest is
+    lost, tiles of a cache like `wanted` are this one's; with another file the folder is refused.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / MANIFEST).exists():
-        if any(folder.glob("*.pt")):
-            raise CacheError(f"{folder}: holds .pt files but no {MANIFEST}; use an empty folder")
+        others = [path for path in folder.glob("*.pt") if not may_be_of(path, wanted)]
+        if others:
+            raise CacheError(
+                f"{folder}: holds no {MANIFEST}, but {others[0].name}, which is no tile of a cache "
+                "with these settings; use an empty folder"
+            )
         write_manifest(wanted, folder)
         return wanted
     found = read_manifest(folder)
@@ -269,6 +279,26 @@ def claim(wanted: Manifest, folder: Path) -> Manifest:
             f"{folder}: this cache was made with",
             "set it back, delete the folder, or name another paths.processed_dir")  # fmt: skip
     return replace(found, class_names=wanted.class_names, class_colors=wanted.class_colors)
+
+
+def may_be_of(path: Path, wanted: Manifest) -> bool:
+    """Whether a file is a tile of a cache like this, of any scene, as far as it can be read."""
+    if not PLACE.fullmatch(path.stem.rpartition("__")[2]):
+        return False
+    stamp = stamp_in(path)
+    return stamp is None or stamp.partition(" ")[0] == wanted.fingerprint
+
+
+def stamp_in(path: Path) -> str | None:
+    """The stamp of a tile's file; None where it cannot be loaded."""
+    if not path.is_file():
+        return None
+    try:
+        content = load_tile(path, mmap=True)
+    except TileError:
+        return None
+    found = content.get(STAMP, "") if isinstance(content, dict) else ""
+    return found if isinstance(found, str) else ""
 
 
 def same_in(found: Manifest, wanted: Mapping[str, Any], what: str, remedy: str) -> None:
@@ -521,15 +551,19 @@ def _check_tensor(
 def drop_changed(found: Manifest, scenes: dict[str, dict[str, Any]], folder: Path) -> list[str]:
     """Delete the tiles of scenes that changed since they were cached; return those scenes.
 
-    A scene that the manifest does not know may have tiles too: it was taken away and came back.
+    A scene that the manifest does not know may have tiles too: it was taken away and came back. As
+    it was, they are kept.
     """
+    now = replace(found, scenes=scenes, complete=False)
     changed = {name for name in scenes if found.scenes.get(name) != scenes[name]}
     stale = [
         path
         for path in folder.glob("*.pt")
-        if scene_of(path.stem) in changed and PLACE.fullmatch(path.stem.rpartition("__")[2])
+        if scene_of(path.stem) in changed
+        and PLACE.fullmatch(path.stem.rpartition("__")[2])
+        and stamp_in(path) != now.stamp_of(path.stem)
     ]
     for path in stale:
         path.unlink()
-    write_manifest(replace(found, scenes=scenes, complete=False), folder)
+    write_manifest(now, folder)
     return sorted({scene_of(path.stem) for path in stale})

@@ -11,14 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from config import Config, Dataset
 from utils.artefacts import write_artefact
-from utils.cache import Manifest, load_plain, same_in, seen_bands
+from utils.cache import load_plain, seen_bands
 from utils.claims import contradicting
-from utils.distributed import has_bf16
-from utils.logging import VerbosityLogger
 from utils.records import has_format, unfit
-from utils.turns import first_turns
 
 FORMAT = 3
 
@@ -129,122 +125,3 @@ def plain_state(module: nn.Module) -> dict[str, Tensor]:
     ['0.bias', '0.weight']
     """
     return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
-
-
-def require_fit(path: Path, checkpoint: Checkpoint, config: Config, backbone: Any) -> None:
-    """Refuse a checkpoint that was made for other features or another head than this run has."""
-    spec, data = backbone.spec, config.dataset
-    wanted = {
-        "head": config.model.head,
-        "num_classes": config.model.num_classes,
-        "rgb": list(spec.rgb),
-        "layers": list(spec.layers),
-        "levels": len(spec.layers),
-        "channels": spec.channels,
-        "norm": spec.norm,
-        "image_mean": list(spec.image_mean),
-        "image_std": list(spec.image_std),
-        "backbone_hash": backbone.weights_hash,
-    }
-    stated = {
-        "bands": data.bands and list(data.bands),
-        "ranges": stated_ranges(data, len(checkpoint.bands)),
-        "nodata": data.nodata,
-        "gsd": data.gsd,
-    }
-    wanted |= {key: value for key, value in stated.items() if value is not None}
-    if data.classes is not None:
-        wanted["class_names"] = [each.name for each in data.classes]
-    require_equal(path, {key: getattr(checkpoint, key) for key in wanted}, wanted)
-
-
-def precision_as_trained(
-    path: Path, checkpoint: Checkpoint, wanted: str, device: torch.device, log: VerbosityLogger
-) -> str:
-    """The precision to infer in: the training's, unless resources.precision names another."""
-    trained = checkpoint.precision
-    if wanted not in ("auto", trained):
-        log.warning(
-            f"{path}: trained in {trained}, resources.precision is {wanted}; maps may differ "
-            "slightly"
-        )
-        return wanted
-    if trained == "bf16" and not has_bf16(device):
-        log.warning(
-            f"{path}: trained in bf16, which this processor emulates; resources.precision: fp32 "
-            "may be quicker"
-        )
-    return trained
-
-
-def stated_ranges(section: Dataset, bands: int) -> list[list[float]] | None:
-    """The range of each band, where `dataset.input_range` has numbers.
-
-    >>> stated_ranges(Dataset(input_range=(0, 3000)), bands=2), stated_ranges(Dataset(), bands=2)
-    ([[0.0, 3000.0], [0.0, 3000.0]], None)
-    """
-    wanted = section.input_range
-    if isinstance(wanted, str):
-        return None
-    pairs = wanted if isinstance(wanted[0], tuple) else (wanted,) * bands
-    return [list(pair) for pair in pairs]
-
-
-def require_cache(config: Config, manifest: Manifest) -> None:
-    """Refuse a cache made with other settings than the configuration has by now."""
-    folder, model, means = config.train.processed_dir, config.model, config.dataset.augmentations
-    views = first_turns(config.train.augment_views, means.hflip, means.vflip, means.rotate90)
-    if manifest.views != views:
-        raise CheckpointError(
-            f"{folder}: features of {len(manifest.views)} views of a tile are cached, "
-            f"train.augment_views asks for {len(views)} by dataset.augmentations; run prepare into "
-            "another folder, or set it back"
-        )
-    precision, kind = config.resources.precision, config.dataset.cache
-    stated = {
-        "cache": None if kind == "auto" else kind,
-        "num_classes": model.num_classes,
-        "feature_dtype": config.prepare.feature_dtype,
-        "precision": None if precision == "auto" else precision,
-        "ignore_index": config.dataset.ignore_index,
-        "layers": None if model.layers is None else list(model.layers),
-        "channels": model.dino_channels,
-        "bands": None if config.dataset.bands is None else list(config.dataset.bands),
-        "gsd": config.dataset.gsd,
-        "nodata": config.dataset.nodata,
-        "class_names": config.dataset.classes and [each.name for each in config.dataset.classes],
-    }
-    wanted = {key: value for key, value in stated.items() if value is not None}
-    found = {key: getattr(manifest, key) for key in wanted}
-    require_equal(folder, found, wanted)
-
-
-def require_backbone(folder: Path, manifest: Manifest, backbone: Any) -> None:
-    """Refuse a backbone that is not the one a cache of tiles was made for, to the last weight."""
-    spec = backbone.spec
-    ours = {
-        "backbone_hash": backbone.weights_hash,
-        "layers": list(spec.layers),
-        "image_mean": list(spec.image_mean),
-        "image_std": list(spec.image_std),
-        "rgb": list(spec.rgb),
-        "norm": spec.norm,
-    }
-    remedy = "set it back, or run prepare into another folder"
-    same_in(manifest, ours, f"{folder}: its tiles are for a backbone with", remedy)
-
-
-def require_equal(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refuse a checkpoint that was made for something else, naming each field with both values.
-
-    >>> require_equal(Path("best.pth"), {"head": "unet"}, {"head": "linear"})
-    Traceback (most recent call last):
-    utils.checkpoint.CheckpointError: best.pth: head is 'unet', this run has 'linear'
-    """
-    differing = [
-        f"{key} is {found[key]!r}, this run has {value!r}"
-        for key, value in wanted.items()
-        if found[key] != value
-    ]
-    if differing:
-        raise CheckpointError(f"{path}: {'; '.join(differing)}")

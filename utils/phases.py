@@ -21,15 +21,9 @@ from models.backbone import (
     own_config,
 )
 from models.segmenter import Segmenter
+from utils.agreement import precision_as_trained, require_backbone, require_cache, require_fit
 from utils.cache import CacheError, Manifest, claim
-from utils.checkpoint import (
-    load_checkpoint,
-    load_weights,
-    precision_as_trained,
-    require_backbone,
-    require_cache,
-    require_fit,
-)
+from utils.checkpoint import load_checkpoint, load_weights
 from utils.data import load_split
 from utils.data import verify as check_tiles
 from utils.distributed import Runtime, compiled, device_reason

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from config import Config
+from utils.agreement import require_cache
 from utils.cache import read_manifest, require_manifest
-from utils.checkpoint import require_cache, require_there
+from utils.checkpoint import require_there
 from utils.distributed import Runtime
 from utils.engine import best_path
 from utils.inference import check_outputs, in_folder, scenes_to_map
