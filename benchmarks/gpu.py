@@ -38,7 +38,7 @@ from benchmarks.workload import (
     write_rasters,
 )
 from models.backbone import DinoBackbone
-from utils.distributed import no_cuda
+from utils.devices import no_cuda
 from utils.logging import complain
 from utils.prepare import find_sources
 

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.rows import Row, command_line, report
 from models import build_head
 from models.base import SegmentationHead, enlarge
-from utils.distributed import has_bf16
+from utils.devices import has_bf16
 from utils.logging import say
 
 NO_BF16 = "this processor emulates bf16, which the program does not use on it: not measured"

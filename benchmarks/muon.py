@@ -19,7 +19,7 @@ from torch import nn
 from benchmarks.head import CHANNELS, LEVELS, NO_BF16, SIZE, make_inputs
 from benchmarks.rows import Row, command_line, report
 from models import build_head
-from utils.distributed import has_bf16
+from utils.devices import has_bf16
 from utils.logging import say
 from utils.optim import Muon, build_optimizer
 

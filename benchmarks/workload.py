@@ -35,7 +35,8 @@ from models.backbone import (
 from models.segmenter import Segmenter
 from utils.cache import Manifest, read_manifest
 from utils.data import Sample
-from utils.distributed import Runtime, autocast, compiled, distributed, precision_of
+from utils.devices import autocast, compiled, precision_of
+from utils.distributed import Runtime, distributed
 from utils.engine import fit
 from utils.inference import Trained, predict_scenes
 from utils.loading import Loader, make_loaders

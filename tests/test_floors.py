@@ -24,7 +24,7 @@ FLOORS = [
         "config", "utils.scenes", "utils.vectors", "utils.maps", "utils.ground", "utils.blocks",
         "utils.warping", "models.linear", "models.unet", "models.unet_v2", "models.maskformer",
     },
-    {"utils.process", "utils.status"},
+    {"utils.process", "utils.status", "utils.devices"},
     {
         "utils.distributed", "utils.burning", "utils.label_values",
         "utils.splits", "utils.regions", "utils.block_cache", "models.backbone", "models",

@@ -10,7 +10,7 @@ import main
 import models
 from models.backbone import build_backbone, describe_backbone
 from utils.cache import check_tile, load_tile, read_manifest, tile_path, write_tile
-from utils.distributed import autocast
+from utils.devices import autocast
 from utils.quantize import HALF, dequantize, quantize, restored, rounding
 from utils.tiling import tiles
 

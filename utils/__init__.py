@@ -45,7 +45,8 @@ regions      the connected regions of a map, and their sieve
 polygons     maps as polygons
 checkpoint   weights with everything needed to use them again
 agreement    settings against what a cache or weights were made with
-distributed  ranks, devices, sharing of work
+devices      which device is used, in what precision, what goes up and comes down
+distributed  ranks, sharing of work
 logging      messages, timed blocks, progress
 process      threads, signals, parent and workers, exit codes
 status       how a run stands, for batch scripts

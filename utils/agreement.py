@@ -13,7 +13,7 @@ import torch
 from config import Config, Dataset, Model
 from utils.cache import Manifest, same_in, seen_bands
 from utils.checkpoint import Checkpoint, CheckpointError
-from utils.distributed import has_bf16
+from utils.devices import has_bf16
 from utils.label_values import label_rules
 from utils.logging import VerbosityLogger
 from utils.turns import first_turns

@@ -29,7 +29,8 @@ from utils.checkpoint import (
     save_checkpoint,
 )
 from utils.data import Sample
-from utils.distributed import Runtime, autocast, compiles, tell_of_compiling
+from utils.devices import autocast, compiles, tell_of_compiling
+from utils.distributed import Runtime
 from utils.divergence import DivergedError, diagnosis, require_sound
 from utils.loading import Loader, Loaders
 from utils.logging import VerbosityLogger

@@ -18,7 +18,7 @@ from config import TTA, Inference, Resources
 from utils.artefacts import require_replaceable, sweep, temporary_of
 from utils.blending import Strip
 from utils.checkpoint import Checkpoint
-from utils.distributed import autocast, most_at_once, upload
+from utils.devices import autocast, most_at_once, upload
 from utils.formats import is_tiff
 from utils.ground import PolygonError
 from utils.journal import Journal, journal_folder, journal_held

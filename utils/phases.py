@@ -26,7 +26,8 @@ from utils.cache import CacheError, Manifest, claim
 from utils.checkpoint import load_checkpoint, load_weights
 from utils.data import load_split
 from utils.data import verify as check_tiles
-from utils.distributed import Runtime, compiled, device_reason
+from utils.devices import compiled, device_reason
+from utils.distributed import Runtime
 from utils.engine import Encode, best_path, fit, keep_best
 from utils.inference import check_spaces, predict_scenes, scenes_to_map, trained_as
 from utils.loading import make_loaders

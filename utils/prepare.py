@@ -30,7 +30,8 @@ from utils.cache import (
     write_manifest,
     write_tile,
 )
-from utils.distributed import Runtime, download, most_at_once, precision_of, upload
+from utils.devices import download, most_at_once, precision_of, upload
+from utils.distributed import Runtime
 from utils.label_values import LabelRules, label_rules
 from utils.labels import (
     Labels,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from config import Inference
 from utils.blending import Blend, Part, Strip, carried_rows, strips
-from utils.distributed import download
+from utils.devices import download
 from utils.journal import Journal, Place, Stored
 from utils.maps import (
     BLOCK,
