@@ -33,7 +33,7 @@ FLOORS = [
         "utils.labels", "utils.data", "utils.checkpoint", "utils.polygons", "utils.products",
         "utils.pace", "utils.resume", "models.segmenter",
     },
-    {"utils.divergence", "utils.loading", "utils.agreement"},
+    {"utils.divergence", "utils.loading", "utils.agreement", "utils.outputs"},
     {"utils.prepare", "utils.engine", "utils.inference"},
     {"utils.preflight"},
     {"utils.phases"},

@@ -21,8 +21,6 @@ from models import build_head
 from models.backbone import build_backbone, describe_backbone, write_random_backbone
 from models.segmenter import Segmenter
 from utils.inference import (
-    Trained,
-    check_outputs,
     mean_of_views,
     predict_scene,
     predict_scenes,
@@ -32,6 +30,7 @@ from utils.inference import (
 from utils.locks import LockError
 from utils.logging import VerbosityLogger
 from utils.maps import default_legend
+from utils.outputs import Trained
 from utils.products import InferenceError, Mosaic
 from utils.raster import RasterError, Reading, open_scene
 from utils.scenes import SceneFile, find_scenes
@@ -456,14 +455,6 @@ def test_a_second_run_that_maps_the_same_scene_is_refused_and_spoils_nothing(tmp
     assert refused
     assert (tmp_path / "map.tif").read_bytes() == wanted
     assert not (tmp_path / ".map.tif.resume").exists()
-
-
-def test_a_file_in_the_journal_s_place_is_one_line(tmp_path):
-    write_scene(tmp_path, 64, 64)
-    (tmp_path / ".map.tif.resume").write_text("odd")
-    section = section_of(tmp_path, tile_size=64)
-    with pytest.raises(InferenceError, match=r"\.map\.tif\.resume: is no folder.*; remove it$"):
-        check_outputs(section, [SceneFile("scene", section.input_tif)], False)
 
 
 def test_a_scene_that_is_missing_is_named(tmp_path):

@@ -46,6 +46,26 @@ def test_a_folder_that_is_yet_to_be_made_is_looked_at_where_it_will_be(tmp_path)
     assert bytes_below(tmp_path) == 3
 
 
+def test_files_that_another_run_renames_meanwhile_are_no_error(tmp_path, monkeypatch):
+    """A second run looks at the finished rows that the first is just adding."""
+    (tmp_path / "rows").write_bytes(b"abc")
+    (tmp_path / "folder").mkdir()
+    passing, look = tmp_path / ".rows.tmp", Path.stat
+    passing.write_bytes(b"abc")
+
+    def looked_at(path, **options):
+        found = look(path, **options)
+        if path == passing:
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "stat", looked_at)
+    assert bytes_below(tmp_path) in (3, 6)
+    listed = list(tmp_path.glob("*"))
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: [*listed, passing])
+    assert bytes_below(tmp_path) == 3
+
+
 def reason(capsys) -> str:
     """The one error line of a run."""
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

@@ -38,6 +38,7 @@ engine       the training loop
 blending     overlapping tiles → one field of probabilities
 products     the rasters of a map, from finished pixels
 journal      finished rows of a map that is still being made
+outputs      where maps go, over nothing that is to stay, and which are finished
 inference    scenes → maps, streamed from disk to disk
 maps         maps on disk: COG, colours, names, tags
 ground       a grid's pixels on the Earth: metres, true areas

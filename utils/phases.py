@@ -29,9 +29,10 @@ from utils.data import verify as check_tiles
 from utils.devices import compiled, device_reason
 from utils.distributed import Runtime
 from utils.engine import Encode, best_path, fit, keep_best
-from utils.inference import check_spaces, predict_scenes, scenes_to_map, trained_as
+from utils.inference import predict_scenes
 from utils.loading import make_loaders
 from utils.logging import VerbosityLogger
+from utils.outputs import check_spaces, scenes_to_map, trained_as
 from utils.pace import settle_cache
 from utils.preflight import check_content
 from utils.prepare import (

@@ -15,8 +15,8 @@ from utils.cache import read_manifest, require_manifest
 from utils.checkpoint import require_there
 from utils.distributed import Runtime
 from utils.engine import best_path
-from utils.inference import check_outputs, in_folder, scenes_to_map
 from utils.locks import alone_in
+from utils.outputs import check_outputs, in_folder, scenes_to_map
 from utils.raster import RasterError
 from utils.scenes import files_of
 from utils.space import nearest

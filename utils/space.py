@@ -1,6 +1,8 @@
 """Room on the disk: what a phase is about to write, compared with what is free."""
 
+import contextlib
 import shutil
+import stat
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,5 +70,10 @@ def size_text(size: int) -> str:
 
 
 def bytes_below(folder: Path) -> int:
-    """Bytes of the files in a folder; 0 where there is none."""
-    return sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
+    """Bytes of the files in a folder, where another run may be at work; 0 where there is none."""
+    total = 0
+    for path in folder.glob("*"):
+        with contextlib.suppress(FileNotFoundError):  # renamed since it was listed
+            found = path.stat()
+            total += found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return total
