@@ -1,5 +1,6 @@
 # Each target only calls what can be called by hand; `make demo PYTHON=python3.12` picks another Python.
 PYTHON ?= python3
+PYTEST = .venv/bin/python -m pytest -n auto --maxprocesses=4 --dist worksteal
 
 .PHONY: demo test faults lint bench
 
@@ -9,10 +10,10 @@ demo: .venv/run.stamp
 	.venv/bin/python -m utils.demo demo --report
 
 test: .venv/dev.stamp
-	.venv/bin/python -m pytest
+	$(PYTEST)
 
 faults: .venv/dev.stamp
-	DINOV3SEG_FAULTS=whole .venv/bin/python -m pytest tests/faults
+	DINOV3SEG_FAULTS=whole $(PYTEST) tests/faults
 
 lint: .venv/dev.stamp
 	.venv/bin/ruff check .

@@ -302,7 +302,7 @@ def test_ranks_that_a_signal_ends_keep_their_state_and_go_on_to_the_same_weights
     two = root / "two" / "config.yml"
     settings = (
         "prepare.enable=false", "verify.enable=false", "inference.enable=false",
-        "train.batch_size=1", "train.epochs=12", "train.patience=12", "train.ema_decay=0.9",
+        "train.batch_size=1", "train.epochs=6", "train.patience=6", "train.ema_decay=0.9",
     )  # fmt: skip
     ended = f"train.weights_dir=ended{int(number)}"
     more = [part for each in (*settings, ended) for part in ("--set", each)]
@@ -313,11 +313,11 @@ def test_ranks_that_a_signal_ends_keep_their_state_and_go_on_to_the_same_weights
     lines = []
     for line in job.stderr:
         lines.append(line)
-        if "epoch 2/12:" in line:
+        if "epoch 2/6:" in line:
             job.send_signal(number)
     assert job.wait() != 0
     assert any("stopped by a signal" in line for line in lines)
-    assert not any("epoch 12/12:" in line for line in lines)
+    assert not any("epoch 6/6:" in line for line in lines)
     status = json.loads((two.parent / f"ended{int(number)}" / "status.json").read_text())
     assert status["exit_code"] == 75
     assert torchrun(two, *settings, ended).returncode == 0

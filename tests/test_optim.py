@@ -87,7 +87,7 @@ def test_batched_newton_schulz_is_bit_equal_to_torch_at_the_shapes_of_heads():
 def test_batched_newton_schulz_equals_torch_to_a_rounding_at_odd_sizes():
     # batched products sum in another order at a few odd sizes: a last bit in 1 matrix of 1000
     rng = random.Random(0)
-    rows = [rng.randint(2, 150) for _ in range(60)]
+    rows = [rng.randint(2, 150) for _ in range(30)]
     shapes = [(rng.randint(1, 4), size, rng.randint(size, 2 * size - 1)) for size in rows]
     for update, wanted in batches_and_torch(shapes, seed=1):
         assert (update.float() - wanted.float()).norm() <= 0.01 * wanted.float().norm()

@@ -46,7 +46,9 @@ def cut(path, rows, cols, bands=(1, 2, 3)) -> tuple[np.ndarray, Grid]:
         return dataset.read(bands, window=window), grid
 
 
-def mapped(folder, labels, num_classes, tile_size, **train) -> tuple[np.ndarray, np.ndarray]:
+def mapped(
+    folder, labels, num_classes, head, tile_size, **train
+) -> tuple[np.ndarray, np.ndarray]:
     """Train on scenes/train.tif, map test.tif; the map and the labels at the same place."""
     write_random_backbone(folder / "backbone", seed=0, **BACKBONE)
     for side in ("train", "val"):
@@ -54,7 +56,7 @@ def mapped(folder, labels, num_classes, tile_size, **train) -> tuple[np.ndarray,
     settings = {
         "paths": {"label_path": str(labels)},
         "dataset": {"splits": {"train_list": "train.txt", "val_list": "val.txt"}},
-        "model": {"num_classes": num_classes, "head": "unet_v2"},
+        "model": {"num_classes": num_classes, "head": head},
         "prepare": {"tile_size": tile_size},
         "verify": {"workers": 2},
         "train": train,
@@ -97,7 +99,7 @@ def test_a_map_of_roofs_beats_the_majority_class(tmp_path):
     rows = {"scenes/train": (1280, 2560), "scenes/val": (2560, 3072), "test": (3072, 4096)}
     for name, part in rows.items():
         project.write_scene(tmp_path / f"{name}.tif", *cut(source, part, (0, 2560)))
-    classes, truth = mapped(tmp_path, labels, 2, tile_size=256, epochs=6)
+    classes, truth = mapped(tmp_path, labels, 2, "unet_v2", tile_size=256, epochs=3)
     assert classes.shape == (1024, 2560)
     require_better_than_the_majority(classes, truth, 2)
 
@@ -111,7 +113,7 @@ def test_a_map_of_land_cover_with_labels_of_another_datum_beats_the_majority_cla
     for name, (bands, where) in parts.items():
         stretched = (1 + 254 * (bands - low) / (high - low)).clip(1, 255).astype(np.uint8)
         project.write_scene(tmp_path / f"{name}.tif", stretched, where, nodata=0)
-    classes, truth = mapped(tmp_path, labels, 9, tile_size=128, epochs=8)
+    classes, truth = mapped(tmp_path, labels, 9, "unet", tile_size=128, epochs=8)
     assert classes.shape == (1428, 282)
     assert set(np.unique(classes)) <= set(range(9))
     require_better_than_the_majority(classes, truth, 9)
