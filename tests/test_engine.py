@@ -21,18 +21,9 @@ from models.backbone import Normalize
 from utils import optim
 from utils.checkpoint import load_checkpoint, load_weights, plain_state
 from utils.distributed import Runtime
-from utils.engine import (
-    DivergedError,
-    Keeper,
-    Step,
-    best_path,
-    ema_of,
-    evaluate,
-    fit,
-    keep_best,
-    train_one_epoch,
-    write_history,
-)
+from utils.divergence import DivergedError
+from utils.engine import evaluate, fit, train_one_epoch, write_history
+from utils.keeping import Keeper, best_path, keep_best
 from utils.loading import Loaders
 from utils.logging import VerbosityLogger
 from utils.losses import SegmentationLoss
@@ -40,6 +31,7 @@ from utils.metrics import Score, SegmentationMetrics
 from utils.optim import EarlyStopping
 from utils.quantize import as_cached, rounding
 from utils.resume import Progress
+from utils.step import Step, ema_of
 
 CPU, QUIET = torch.device("cpu"), VerbosityLogger("error", silent=True)
 NORMALIZE = Normalize([0.5] * 3, [0.25] * 3)

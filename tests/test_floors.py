@@ -34,6 +34,8 @@ FLOORS = [
         "utils.pace", "utils.resume", "models.segmenter",
     },
     {"utils.divergence", "utils.loading", "utils.agreement", "utils.outputs"},
+    {"utils.step"},
+    {"utils.keeping"},
     {"utils.prepare", "utils.engine", "utils.inference"},
     {"utils.preflight"},
     {"utils.phases"},

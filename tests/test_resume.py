@@ -12,9 +12,9 @@ import torch
 
 from models import HEADS
 from utils.checkpoint import load_checkpoint
-from utils.engine import Step
 from utils.process import STOP
 from utils.resume import Progress, Resume, before, content_of, last_path, load
+from utils.step import Step
 
 ONLY_TRAIN = ("prepare.enable=false", "verify.enable=false", "inference.enable=false")
 SHAPE = {"batch_size": 2, "epochs": 2, "checkpoint_minutes": 1000.0}

@@ -16,7 +16,7 @@ from models.backbone import (
 )
 from utils.cache import TileError, check_tile, load_tile, read_manifest, tile_path, write_tile
 from utils.checkpoint import load_checkpoint
-from utils.engine import Step
+from utils.step import Step
 
 OFF = ("inference.enable=false", "verify.enable=false")
 STILL = "dataset.augmentations.enable=false"

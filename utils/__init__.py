@@ -34,7 +34,9 @@ metrics      confusion matrix → IoU and Dice
 optim        Muon + AdamW in one optimizer, OneCycle, early stopping
 resume       where training stands, on disk
 divergence   what is no number in training, and on which tiles
-engine       the training loop
+step         a step of training: accumulation, precision, clipping, averaged weights
+keeping      what a training keeps: where it stands, its best weights
+engine       the loop over epochs, validation, when to stop
 blending     overlapping tiles → one field of probabilities
 products     the rasters of a map, from finished pixels
 journal      finished rows of a map that is still being made

@@ -28,8 +28,9 @@ from utils.data import load_split
 from utils.data import verify as check_tiles
 from utils.devices import compiled, device_reason
 from utils.distributed import Runtime
-from utils.engine import Encode, best_path, fit, keep_best
+from utils.engine import fit
 from utils.inference import predict_scenes
+from utils.keeping import best_path, keep_best
 from utils.loading import make_loaders
 from utils.logging import VerbosityLogger
 from utils.outputs import check_spaces, scenes_to_map, trained_as
@@ -46,6 +47,7 @@ from utils.prepare import (
 from utils.prepare import prepare as cache_tiles
 from utils.quantize import HALF, rounding
 from utils.resume import Resume, identity_of, last_path
+from utils.step import Encode
 
 Phase = Callable[[Config, Runtime, VerbosityLogger], None]
 

@@ -14,7 +14,7 @@ from utils.agreement import require_cache
 from utils.cache import read_manifest, require_manifest
 from utils.checkpoint import require_there
 from utils.distributed import Runtime
-from utils.engine import best_path
+from utils.keeping import best_path
 from utils.locks import alone_in
 from utils.outputs import check_outputs, in_folder, scenes_to_map
 from utils.raster import RasterError

@@ -25,7 +25,7 @@ from ranks import GLOO, Ranks, ended
 from size import figure, sized
 
 from utils.divergence import tensors_in
-from utils.engine import Step
+from utils.step import Step
 
 KEYS = {"model": {"head": "unet"}, "train": {"batch_size": 1, "epochs": 4, "ema_decay": 0.9}}
 SOON = 10.0  # seconds in which a job ends when a rank is killed
