@@ -73,7 +73,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def guarded(config: Config) -> int:
     """Run the phases; how they end is said in the log, in status.json and by the exit code."""
-    from utils.process import set_environment
+    from utils.process import ending_of, set_environment
     from utils.status import status_in
 
     rank, section = launched_rank(), config.logging
@@ -82,9 +82,10 @@ def guarded(config: Config) -> int:
         try:
             log = VerbosityLogger(section.level, section.timestamps, section.file, silent=rank > 0)
         except OSError as error:
-            complain(f"error: logging.file: {error}")
-            status(4, f"logging.file: {error}")
-            return 4
+            code, said = ending_of(error)
+            complain(f"error: {said} (logging.file)")
+            status(code, f"{said} (logging.file)")
+            return code
         status(None, "")
         code, said = outcome_of(config, log)
         status(code, said)

@@ -430,6 +430,12 @@ def test_classes_that_are_renamed_or_coloured_anew_go_on_with_the_cache(tmp_path
     assert read_manifest(tmp_path).class_names == names
 
 
+def test_a_folder_in_the_manifest_s_place_is_to_be_removed(tmp_path):
+    (tmp_path / MANIFEST).mkdir()
+    with pytest.raises(CacheError, match=r"manifest\.json: is no plain file; remove it$"):
+        read_manifest(tmp_path)
+
+
 def test_a_manifest_of_the_older_format_says_what_to_do(tmp_path):
     (tmp_path / MANIFEST).write_text(json.dumps(asdict(MADE) | {"format": 3}))
     with pytest.raises(CacheError, match="format 3, expected 4.*; delete it and run prepare"):

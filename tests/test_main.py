@@ -441,7 +441,7 @@ def test_a_folder_that_cannot_be_made_is_4(copy, capsys):
     assert project.run(copy, *ONLY_TRAIN, f"train.weights_dir={copy.parent / 'file'}") == 4
     assert "file" in one_error(capsys)
     assert project.run(copy, f"logging.file={copy.parent / 'file' / 'run.log'}") == 4
-    assert one_error(capsys).startswith("logging.file: ")
+    assert one_error(capsys).endswith(" (logging.file)")
 
 
 def test_features_that_are_no_numbers_are_5_and_leave_no_weights(copy, capsys):
@@ -610,7 +610,7 @@ def test_a_pipe_is_no_config_and_no_log(copy, capsys):
     assert main.main([str(pipe)]) == 2
     assert one_error(capsys) == f"{pipe}: cannot read the config: not a plain file"
     assert project.run(copy, f"logging.file={pipe}") == 4
-    assert one_error(capsys).startswith("logging.file: ")
+    assert one_error(capsys).endswith(" (logging.file)")
     assert status_of(copy)["exit_code"] == 4
 
 

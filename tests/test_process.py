@@ -1,10 +1,14 @@
-"""The process around a run: one heap for all threads."""
+"""The process around a run: one heap for all threads, and what an error is called."""
 
+import errno
+import os
 import subprocess
 import sys
 
 import project
 import pytest
+
+from utils.process import ending_of
 
 HEAPS = """
 import ctypes, sys, threading
@@ -35,3 +39,26 @@ def test_threads_take_memory_from_the_heap_of_the_process(heaps, wanted):
         command, env=project.surroundings(), capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == wanted
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ENOSPC, "No space left on device; make room there, or name another place, and run"),
+        (errno.EDQUOT, "make room there"),
+        (errno.EROFS, "grant it, or name another place"),
+        (errno.EISDIR, "Is a directory; remove what is in the way, or name another place, and run"),
+        (errno.EIO, "Input/output error; look at the disk, or the way to it, and run again"),
+        (errno.EMFILE, "let more files be open (ulimit -n), and run again"),
+        (errno.ENOENT, "No such file or directory; look at that place, and run again"),
+    ],
+)
+def test_what_the_system_objects_to_is_told_with_place_and_remedy(number, said):
+    code, line = ending_of(OSError(number, os.strerror(number), "cache/north.pt"))
+    assert code == 4
+    assert line.startswith("cache/north.pt: ")
+    assert said in line
+
+
+def test_what_the_system_objects_to_without_a_place_is_told_as_it_is():
+    assert ending_of(OSError("the wire was cut")) == (4, "the wire was cut")

@@ -206,7 +206,9 @@ def write_manifest(manifest: Manifest, folder: Path) -> None:
 def require_manifest(folder: Path) -> Path:
     """The path of a cache's manifest; CacheError where there is none."""
     path = folder / MANIFEST
-    if not path.is_file():
+    if path.exists() and not path.is_file():
+        raise CacheError(f"{path}: is no plain file; remove it")
+    if not path.exists():
         raise CacheError(f"{path}: no such file; run prepare first (prepare.enable: true)")
     return path
 

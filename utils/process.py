@@ -3,6 +3,7 @@ whoever started it."""
 
 import contextlib
 import ctypes
+import errno
 import multiprocessing
 import os
 import re
@@ -176,8 +177,8 @@ def exit_code_of(error: Exception) -> int | None:
 def ending_of(error: Exception) -> tuple[int, str]:
     """The exit code of an error and what to say of it in one line.
 
-    >>> ending_of(PermissionError(13, "Permission denied", "tiles"))
-    (4, "[Errno 13] Permission denied: 'tiles'")
+    >>> ending_of(OSError(28, "No space left on device", "cache/north.pt"))[0]
+    4
     """
     code = exit_code_of(error)
     if code is not None:
@@ -196,6 +197,18 @@ class WantOfMemoryError(Exception):
     exit_code = 4
 
 
+OF_SYSTEM = {
+    name: remedy
+    for names, remedy in (
+        ("ENOSPC EDQUOT EFBIG", "make room there, or name another place"),
+        ("EACCES EPERM EROFS", "grant it, or name another place"),
+        ("EISDIR ENOTDIR EEXIST", "remove what is in the way, or name another place"),
+        ("EIO ESTALE ETIMEDOUT ENXIO", "look at the disk, or the way to it"),
+        ("EMFILE ENFILE", "let more files be open (ulimit -n)"),
+        ("ENOMEM", "end other programs"),
+    )
+    for name in names.split()
+}
 REMEDIES = {
     "prepare": "lower prepare.batch_size, then prepare.readers",
     "verify": "lower verify.workers",
@@ -241,6 +254,9 @@ def one_line(error: Exception) -> str:
     """What an error says, in one line.
 
     >>> one_line(PermissionError(13, "Permission denied", "tiles"))
-    "[Errno 13] Permission denied: 'tiles'"
+    'tiles: Permission denied; grant it, or name another place, and run again'
     """
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        remedy = OF_SYSTEM.get(errno.errorcode.get(error.errno, ""), "look at that place")
+        return spelt_out(f"{error.filename}: {error.strerror}; {remedy}, and run again")
     return spelt_out(out_of_memory(error) or str(error).strip())
