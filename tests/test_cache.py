@@ -30,6 +30,7 @@ from utils.cache import (
     load_tile,
     plain_bytes,
     read_manifest,
+    stored_maps,
     tile_names,
     tile_path,
     write_manifest,
@@ -105,6 +106,20 @@ def test_views_of_large_tensors_are_stored_as_small_copies(tmp_path):
     for part in stored.values():
         assert type(part) is torch.Tensor
         assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8, torch.float32])
+def test_a_tile_of_a_batch_is_written_without_a_copy_as_a_copy_would_be(tmp_path, dtype):
+    batch = torch.arange(3 * 2 * 4 * 4 * 8).to(dtype).view(3, 2, 4, 4, 8).permute(0, 1, 4, 2, 3)
+    maps = stored_maps(batch[1])
+    assert maps.data_ptr() == batch[1].data_ptr()
+    assert (maps.stride(), maps.dtype) == (batch[1].stride(), dtype)
+    image, label = content()["image"], content()["label"]
+    write_tile(tmp_path, NAME, image, label, batch[1], stamp="of a cache")
+    copies, copied = io.BytesIO(), batch[1].clone(memory_format=torch.preserve_format)
+    parts = {"stamp": "of a cache", "image": image, "label": label, "features": copied}
+    torch.save(parts, copies)
+    assert tile_path(tmp_path, NAME).read_bytes() == copies.getvalue()
 
 
 def test_a_file_is_hardly_larger_than_its_tensors(tmp_path):

@@ -25,7 +25,7 @@ from shapely.geometry import MultiPolygon, Polygon, box, mapping
 
 from config import Dataset
 from utils import warping
-from utils.label_values import HOLE, LabelRules, label_rules
+from utils.label_values import HOLE, LabelRules, ids_by_table, label_rules
 from utils.labels import (
     check_values,
     find_labels,
@@ -495,6 +495,22 @@ def test_classes_merge_and_rename_values_of_any_number_type(write_tiff, scene_pa
     found = read(label, scene_path, mapping=MERGED)
     assert np.array_equal(found, mapped(values, MERGED))
     assert set(np.unique(found)) == {0, 1, 3, IGNORE}
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "int32", "int64"])
+@pytest.mark.parametrize("changed", [{}, {4: 0}, {0: 4}, {2: -1}, {9: 3}])
+def test_ids_are_what_the_table_says_of_each_value(rng, dtype, changed):
+    table = np.arange(10, dtype=np.int32)
+    for value, number in changed.items():
+        table[value] = number
+    values = rng.integers(0, 5, (130, 70)).astype(dtype)
+    wanted = table[values]
+    ids = ids_by_table(values, table)
+    assert (ids.dtype, ids.tolist()) == (table.dtype, wanted.tolist())
+    assert not np.shares_memory(ids, values)
+    for odd in {-1, 10} if dtype != "uint8" else {10}:
+        values[-1, -1] = odd
+        assert ids_by_table(values, table) is None
 
 
 def test_an_ignore_value_that_a_class_lists_is_that_class(write_tiff, scene_path):

@@ -152,6 +152,28 @@ def test_a_window_has_the_places_that_the_whole_grid_has_there(pair):
         assert np.array_equal(laid(grid, raster, tile), whole[window_of(tile, grid)])
 
 
+def test_proj_is_asked_for_the_same_squares_by_every_window(monkeypatch):
+    grid = grid_at(32633, 13.8, 48.1, 0.5, 2 * SQUARE + 70, SQUARE + 31)
+    overlay = Overlay(grid, grid_at(4326, 13.8, 48.1, 0.37, 700, 500))
+    squares = {
+        Tile(row, col, min(SQUARE, grid.height - row), min(SQUARE, grid.width - col))
+        for row in (0, SQUARE, 2 * SQUARE)
+        for col in (0, SQUARE)
+    }
+    exact, asked = overlay._exact, []
+    monkeypatch.setattr(overlay, "_exact", lambda square: asked.append(square) or exact(square))
+    windows = [Tile(0, 0, *grid[2:]), Tile(SQUARE - 9, SQUARE - 9, 20, 30), Tile(300, 40, 50, 60)]
+    for tile in windows:
+        asked.clear()
+        met = np.zeros(grid[2:], int)
+        for part, _ in overlay.parts(tile):
+            met[window_of(part, grid)] += 1
+        assert met.sum() == met[window_of(tile, grid)].sum() == tile.height * tile.width
+        assert met.max() == 1
+        assert set(asked) <= squares
+        assert len(asked) == len(set(asked))
+
+
 @pytest.mark.parametrize("turn", [0, 30])
 def test_a_centre_on_a_border_lies_in_the_pixel_right_of_it_and_below(turn):
     grid = grid_at(32633, 13.8, 48.1, 0.3, 400, 300, turn)

@@ -105,11 +105,18 @@ def value_table(rules: LabelRules, silent: Collection[float] = ()) -> np.ndarray
 def ids_by_table(values: np.ndarray, table: np.ndarray) -> np.ndarray | None:
     """Class ids of whole numbers, or None where the table does not reach to all of them.
 
+    Nothing is looked up where all between the least and the greatest are class ids already.
+
     >>> ids_by_table(np.array([1, 0], np.uint8), np.array([5, 6]))
     array([6, 5])
+    >>> ids_by_table(np.array([1, 0], np.uint8), np.array([0, 1, -2]))
+    array([1, 0])
     """
-    if values.min() < 0 or values.max() >= len(table):
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= len(table):
         return None
+    if np.array_equal(table[low : high + 1], np.arange(low, high + 1)):
+        return values.astype(table.dtype)
     ids = np.empty(values.shape, table.dtype)
     for row in range(0, len(values), 64):  # NumPy's 64-bit indices stay small
         table.take(values[row : row + 64], out=ids[row : row + 64], mode="clip")

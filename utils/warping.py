@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+from rasterio.env import Env
 from rasterio.transform import Affine
 from rasterio.warp import transform
 from rasterio.windows import Window
@@ -80,16 +81,25 @@ class Overlay:
         if matrix is not None and not (matrix.b or matrix.d):
             yield tile, self._by_matrix(tile, matrix)
             return
+        squares = list(self._squares(tile))
+        if matrix is not None:
+            yield from ((part, self._by_matrix(part, matrix)) for part, _ in squares)
+            return
+        with Env.from_defaults():  # or rasterio looks for the data of PROJ at each call
+            exact = [self._exact(square) for _, square in squares]
+        for (part, square), places in zip(squares, exact, strict=True):
+            yield part, self._by_polynomial(part, square, places)
+
+    def _squares(self, tile: Tile) -> Iterator[tuple[Tile, Tile]]:
+        """The parts of a tile, each with the whole square of the grid that it lies in."""
         bottom, right = tile.row + tile.height, tile.col + tile.width
         for top in range(tile.row // SQUARE * SQUARE, bottom, SQUARE):
             for left in range(tile.col // SQUARE * SQUARE, right, SQUARE):
                 row, col = max(top, tile.row), max(left, tile.col)
                 height, width = min(top + SQUARE, bottom) - row, min(left + SQUARE, right) - col
-                part = Tile(row, col, height, width)
-                if matrix is not None:
-                    yield part, self._by_matrix(part, matrix)
-                else:
-                    yield part, self._by_polynomial(part, top, left)
+                below, beside = self.grid.height - top, self.grid.width - left
+                square = Tile(top, left, min(SQUARE, below), min(SQUARE, beside))
+                yield Tile(row, col, height, width), square
 
     def _by_matrix(self, part: Tile, matrix: Affine) -> Places:
         a, b, c, d, e, f, *_ = matrix
@@ -100,19 +110,17 @@ class Overlay:
             below, right = below + d * cols, right + b * rows
         return self._floored(below, right)
 
-    def _by_polynomial(self, part: Tile, top: int, left: int) -> Places | None:
-        """The places of a part of the square that starts at `top`, `left`."""
-        height, width = min(SQUARE, self.grid.height - top), min(SQUARE, self.grid.width - left)
-        exact = self._exact(Tile(top, left, height, width))
+    def _by_polynomial(self, part: Tile, square: Tile, exact: np.ndarray) -> Places | None:
+        """The places of a part of a square whose lattice has these exact ones."""
         if not np.isfinite(exact).all():
             return None
         at_nodes = exact[:, : NODES.size**2].reshape(2, NODES.size, -1)
         at_checks = exact[:, NODES.size**2 :].reshape(2, CHECKS.size, -1)
         if np.abs(AT_CHECKS @ at_nodes @ AT_CHECKS.T - at_checks).max() > CLOSE:
             return None
-        found = at_centres(height) @ at_nodes @ at_centres(width).T  # (2, height, width)
-        rows = slice(part.row - top, part.row - top + part.height)
-        return self._floored(*found[:, rows, part.col - left :][:, :, : part.width])
+        found = at_centres(square.height) @ at_nodes @ at_centres(square.width).T  # (2, h, w)
+        row, col = part.row - square.row, part.col - square.col
+        return self._floored(*found[:, row : row + part.height, col : col + part.width])
 
     def _exact(self, square: Tile) -> np.ndarray:
         """Where PROJ puts a square's lattice, (row, col) in the raster below (2, n); inf if not."""
