@@ -33,7 +33,6 @@ from models.backbone import (
     write_random_backbone,
 )
 from models.segmenter import Segmenter
-from utils.cache import Manifest, read_manifest
 from utils.data import Sample
 from utils.devices import autocast, compiled, precision_of
 from utils.distributed import Runtime, distributed
@@ -41,6 +40,7 @@ from utils.engine import fit
 from utils.inference import Trained, predict_scenes
 from utils.loading import Loader, make_loaders
 from utils.logging import VerbosityLogger
+from utils.manifest import Manifest, read_manifest
 from utils.maps import default_legend
 from utils.prepare import Sources, describe_cache, encode_on, find_sources, prepare
 from utils.process import set_environment

@@ -17,10 +17,11 @@ import yaml
 
 import main
 from models.backbone import write_random_backbone
-from utils.cache import Manifest, read_manifest, write_tile
+from utils.cache import write_tile
 from utils.checkpoint import Checkpoint
 from utils.data import Sample
 from utils.distributed import LAUNCH
+from utils.manifest import Manifest, read_manifest
 from utils.raster import Grid, north_up, write_raster
 
 ROOT = Path(main.__file__).resolve().parent

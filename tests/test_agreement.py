@@ -15,9 +15,9 @@ from utils.agreement import (
     require_equal,
     require_fit,
 )
-from utils.cache import CacheError
 from utils.checkpoint import CheckpointError
 from utils.label_values import label_rules
+from utils.manifest import CacheError
 
 CPU = torch.device("cpu")
 PATH = Path("weights/linear_best.pth")

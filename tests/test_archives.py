@@ -5,7 +5,7 @@ import zipfile
 
 import pytest
 
-from utils.artefacts import checked_zip
+from utils.archives import checked_zip
 
 
 def archive(kind: int = zipfile.ZIP_STORED, content: bytes = b"weights") -> bytes:

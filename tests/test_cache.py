@@ -2,39 +2,38 @@
 
 import errno
 import io
-import json
 import os
 import pickle
 import zipfile
 from copy import copy
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 from project import manifest_of
 
+from utils.artefacts import plain_bytes
 from utils.cache import (
+    TileError,
+    check_layout,
+    check_shapes,
+    check_tile,
+    claim,
+    drop_changed,
+    load_tile,
+    stored_maps,
+    tile_names,
+    tile_path,
+    write_tile,
+)
+from utils.manifest import (
     MANIFEST,
     OVERHEAD,
     PROGRESS,
     CacheError,
     Manifest,
-    TileError,
-    check_layout,
-    check_shapes,
-    check_tile,
-    checksum_of,
-    claim,
-    drop_changed,
-    load_tile,
-    plain_bytes,
     read_manifest,
-    stored_maps,
-    tile_names,
-    tile_path,
-    write_manifest,
-    write_tile,
 )
 from utils.quantize import as_cached
 
@@ -358,30 +357,6 @@ def test_torch_out_of_memory_is_a_memory_error(tile, monkeypatch):
 # The manifest
 
 
-def test_a_manifest_comes_back_as_it_was_written(tmp_path):
-    made = replace(MADE, scenes={"north": IDENTITY}, tiles={NAME: [1000, 0, 24]}, complete=True)
-    write_manifest(made, tmp_path)
-    assert read_manifest(tmp_path) == made
-    assert [path.name for path in tmp_path.iterdir()] == [MANIFEST]
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [("{", "not a manifest"), ("[" * 10**5, "not a manifest"), ("{}", "not a manifest"),
-     ("[]", "not a manifest"), ("null", "not a manifest"),
-     ('{"format": 1}', "not a manifest"), ('{"format": 99}', "format 99, expected 4")],
-)  # fmt: skip
-def test_a_manifest_that_cannot_be_read_is_refused(tmp_path, text, said):
-    (tmp_path / MANIFEST).write_text(text)
-    with pytest.raises(CacheError, match=said):
-        read_manifest(tmp_path)
-
-
-def test_a_folder_without_manifest_says_to_prepare(tmp_path):
-    with pytest.raises(CacheError, match="run prepare first"):
-        read_manifest(tmp_path)
-
-
 DIFFERENCES = {
     "backbone_hash": ("f" * 64, "model.backbone"),
     "layers": ([1, 2], "model.layers"),
@@ -445,18 +420,6 @@ def test_classes_that_are_renamed_or_coloured_anew_go_on_with_the_cache(tmp_path
     assert read_manifest(tmp_path).class_names == names
 
 
-def test_a_folder_in_the_manifest_s_place_is_to_be_removed(tmp_path):
-    (tmp_path / MANIFEST).mkdir()
-    with pytest.raises(CacheError, match=r"manifest\.json: is no plain file; remove it$"):
-        read_manifest(tmp_path)
-
-
-def test_a_manifest_of_the_older_format_says_what_to_do(tmp_path):
-    (tmp_path / MANIFEST).write_text(json.dumps(asdict(MADE) | {"format": 3}))
-    with pytest.raises(CacheError, match="format 3, expected 4.*; delete it and run prepare"):
-        read_manifest(tmp_path)
-
-
 def test_every_field_but_progress_is_in_the_test_above():
     assert {each.name for each in fields(Manifest)} - PROGRESS == set(DIFFERENCES)
 
@@ -493,20 +456,6 @@ def test_a_tile_of_a_cache_that_differs_in_any_field_is_not_used(tmp_path, name)
     assert repr(MADE.stamp_of(NAME)) in str(caught.value)
 
 
-def test_progress_and_filters_leave_the_fingerprint_as_it_is():
-    other = replace(
-        MADE, backbone="elsewhere", scenes={"north": IDENTITY}, tiles={NAME: [1]}, complete=True,
-        auto_range=True, ground_gsd=0.5, class_names=["a"], class_colors=[[0, 0, 0]],
-        filters={"min_valid": 0.5},
-    )  # fmt: skip
-    assert other.fingerprint == MADE.fingerprint
-    assert PROGRESS - {"fingerprint"} | {"filters"} == {
-        each.name
-        for each in fields(Manifest)
-        if each.init and getattr(other, each.name) != getattr(MADE, each.name)
-    }
-
-
 def test_a_tile_at_another_place_or_of_an_older_scene_is_not_used(tile):
     scenes = {"north": IDENTITY}
     now = replace(MADE, scenes=scenes)
@@ -520,14 +469,6 @@ def test_a_tile_at_another_place_or_of_an_older_scene_is_not_used(tile):
         later = replace(MADE, scenes={"north": IDENTITY | change})
         with pytest.raises(TileError, match="of another cache or place"):
             check_tile(tile, later)
-
-
-def test_a_manifest_that_was_edited_is_refused(tmp_path):
-    write_manifest(MADE, tmp_path)
-    text = (tmp_path / MANIFEST).read_text()
-    (tmp_path / MANIFEST).write_text(text.replace('"ignore_index": 255', '"ignore_index": 254'))
-    with pytest.raises(CacheError, match="damaged: it is not what its checksum is of"):
-        read_manifest(tmp_path)
 
 
 def test_a_files_size_is_known_before_it_is_made(tmp_path):
@@ -647,22 +588,6 @@ def test_a_folder_with_files_of_unknown_origin_is_refused(tile, odd):
     assert not (tile.parent / MANIFEST).exists()
 
 
-def test_json_of_the_manifest_is_readable(tmp_path):
-    write_manifest(MADE, tmp_path)
-    told = json.loads((tmp_path / MANIFEST).read_text())
-    assert len(told.pop("checksum")) == 64
-    assert told == asdict(MADE)
-
-
-def test_a_manifest_in_which_a_number_was_changed_is_refused(tmp_path):
-    write_manifest(MADE, tmp_path)
-    path = tmp_path / MANIFEST
-    changed = path.read_text().replace(f'"tile_size": {MADE.tile_size}', '"tile_size": 512')
-    path.write_text(changed)
-    with pytest.raises(CacheError, match="not what its checksum is of"):
-        read_manifest(tmp_path)
-
-
 # Scenes that change
 
 
@@ -728,12 +653,6 @@ def test_files_of_other_origin_are_no_tiles(tmp_path):
     assert tile_names(tmp_path, made) == ["a__b__r000000_c000000", "north__r000000_c000000"]
 
 
-def test_labels_have_the_smallest_type_that_holds_them():
-    assert MADE.label_dtype == torch.uint8
-    assert replace(MADE, ignore_index=256).label_dtype == torch.int32
-    assert replace(MADE, num_classes=300, ignore_index=65535).label_dtype == torch.int32
-
-
 def test_a_file_that_is_too_large_or_none_is_not_read(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"four")
@@ -742,15 +661,3 @@ def test_a_file_that_is_too_large_or_none_is_not_read(tmp_path):
         plain_bytes(path, 3)
     with pytest.raises(ValueError, match="not a plain file"):
         plain_bytes(tmp_path, 99)
-
-
-@pytest.mark.parametrize(("name", "odd"), [("scenes", []), ("tiles", {"a": [1.5]}), ("rgb", "012")])
-def test_a_manifest_with_an_entry_of_another_type_is_refused_by_name(tmp_path, name, odd):
-    write_manifest(MADE, tmp_path)
-    path = tmp_path / "manifest.json"
-    content = json.loads(path.read_text())
-    content.pop("checksum")
-    content[name] = odd
-    path.write_text(json.dumps(content | {"checksum": checksum_of(content)}))
-    with pytest.raises(CacheError, match=f"not a manifest .*prepare does not write: .*{name}"):
-        read_manifest(tmp_path)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.cache import CacheError, read_manifest, write_manifest
 from utils.claims import contradicting, odd_scene
+from utils.manifest import CacheError, read_manifest, write_manifest
 
 SOUND = project.manifest_of()
 SCENE = {

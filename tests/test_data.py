@@ -21,14 +21,7 @@ from torch import Tensor
 from config import Augmentations, Splits, Train
 from utils import cache
 from utils.artefacts import temporary_of
-from utils.cache import (
-    CacheError,
-    Manifest,
-    load_tile,
-    read_manifest,
-    tile_path,
-    write_manifest,
-)
+from utils.cache import load_tile, tile_path
 from utils.data import (
     EpochSampler,
     PrecomputedDataset,
@@ -41,6 +34,7 @@ from utils.data import (
 from utils.distributed import Runtime
 from utils.loading import KEPT, Collate, Memory, array_of, make_loaders
 from utils.logging import VerbosityLogger
+from utils.manifest import CacheError, Manifest, read_manifest, write_manifest
 from utils.process import exit_code_of, one_line
 from utils.quantize import as_cached, restored
 from utils.sampling import balanced_order

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from utils import cache
+from utils import artefacts
 from utils.journal import Journal, Stored, journal_folder, journal_held
 
 PLAN = {"tile": 64}
@@ -80,7 +80,7 @@ def test_a_read_that_fails_deletes_nothing(output, rows, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as patched:
-        patched.setattr(cache, "limited_bytes", failing)
+        patched.setattr(artefacts, "limited_bytes", failing)
         patched.setattr("utils.artefacts.WAITS", (0.0, 0.0))
         with pytest.raises(OSError, match=r"\.rows"):
             again(output)

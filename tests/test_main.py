@@ -25,8 +25,8 @@ from models.backbone import DinoBackbone, write_random_backbone
 from models.base import SegmentationHead
 from models.segmenter import Segmenter
 from utils import phases
-from utils.cache import read_manifest
 from utils.distributed import Runtime
+from utils.manifest import read_manifest
 from utils.process import StoppedError
 from utils.raster import open_raster, read_whole
 

@@ -11,8 +11,8 @@ from project import manifest_of
 
 from config import Train
 from utils import pace
-from utils.cache import read_manifest
 from utils.distributed import Runtime
+from utils.manifest import read_manifest
 from utils.pace import FilePace, Forecast, Pace, forecasts, measure, quicker, settle_cache
 
 CPU = torch.device("cpu")

@@ -19,17 +19,11 @@ from shapely.geometry import box, mapping
 
 from config import Config, ConfigError, Model, Prepare
 from models.backbone import build_backbone, describe_backbone
-from utils.cache import (
-    CacheError,
-    Manifest,
-    load_tile,
-    read_manifest,
-    tile_path,
-    write_manifest,
-)
+from utils.cache import load_tile, tile_path
 from utils.data import verify
 from utils.distributed import Runtime
 from utils.logging import VerbosityLogger
+from utils.manifest import CacheError, Manifest, read_manifest, write_manifest
 from utils.prepare import (
     Encode,
     begun_in,

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 import main
 import models
 from models.backbone import build_backbone, describe_backbone
-from utils.cache import check_tile, load_tile, read_manifest, tile_path, write_tile
+from utils.cache import check_tile, load_tile, tile_path, write_tile
 from utils.devices import autocast
+from utils.manifest import read_manifest
 from utils.quantize import HALF, dequantize, quantize, restored, rounding
 from utils.tiling import tiles
 

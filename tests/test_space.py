@@ -6,7 +6,7 @@ from pathlib import Path
 import project
 import pytest
 
-from utils.cache import read_manifest
+from utils.manifest import read_manifest
 from utils.space import Need, SpaceError, bytes_below, free_at, require_space
 
 Usage = namedtuple("Usage", "total used free")

@@ -14,8 +14,9 @@ from models.backbone import (
     describe_backbone,
     write_random_backbone,
 )
-from utils.cache import TileError, check_tile, load_tile, read_manifest, tile_path, write_tile
+from utils.cache import TileError, check_tile, load_tile, tile_path, write_tile
 from utils.checkpoint import load_checkpoint
+from utils.manifest import read_manifest
 from utils.step import Step
 
 OFF = ("inference.enable=false", "verify.enable=false")

@@ -12,17 +12,11 @@ from project import manifest_of
 import main
 from config import Augmentations, Train
 from models.backbone import build_backbone, describe_backbone
-from utils.cache import (
-    TileError,
-    check_tile,
-    load_tile,
-    read_manifest,
-    tile_path,
-    write_manifest,
-)
+from utils.cache import TileError, check_tile, load_tile, tile_path
 from utils.data import PrecomputedDataset
 from utils.distributed import Runtime
 from utils.loading import Collate, make_loaders
+from utils.manifest import read_manifest, write_manifest
 from utils.quantize import HALF, restored, rounding
 from utils.splits import Split
 from utils.turns import Turn, distinct_turns

@@ -20,7 +20,9 @@ label_values what raster values and attributes mean
 labels       label rasters and polygons on a scene's grid
 turns        the eight ways to lay a tile
 quantize     features rounded as they are cached
-cache        the tile cache on disk: manifest, tile files, what makes one sound
+manifest     what a cache is, and what other settings differ from it in
+archives     what torch.save wrote, read without running code
+cache        the tiles of a cache on disk, and what makes one sound
 pace         which kind of cache is the quicker one here, measured
 prepare      scenes and labels → cached tiles
 data         verify, samples, augmentation, an epoch's order

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from config import Config, Dataset, Model
-from utils.cache import Manifest, same_in, seen_bands
 from utils.checkpoint import Checkpoint, CheckpointError
 from utils.devices import has_bf16
 from utils.label_values import label_rules
 from utils.logging import VerbosityLogger
+from utils.manifest import Manifest, same_in, seen_bands
 from utils.turns import first_turns
 
 SET_BACK = "set it back, or run prepare into another folder"

@@ -15,10 +15,12 @@ import secrets
 import shutil
 import socket
 import time
-import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, TypeVar
+
+from utils.limits import limited_bytes
 
 Read = TypeVar("Read")
 
@@ -27,7 +29,6 @@ NAME = re.compile(
 )
 START = secrets.token_hex(4)  # tells this process from one before it that had its number
 LONGEST = 60  # characters of the final name in a temporary one: a file's name may have 255 bytes
-FOLDER = 0x10  # among a zip member's attributes
 FORGOTTEN = 86400.0  # seconds after which another machine's temporary file is taken for left over
 WAITS = (0.05, 0.2, 0.8)  # seconds before a read that failed is tried again
 PASSING = {  # what may be over soon: a server that is away, too much at once
@@ -172,6 +173,11 @@ def patiently(read: Callable[[], Read], path: Path) -> Read:
         raise named(error, path) from error
 
 
+def plain_bytes(path: Path, most: int) -> bytes:
+    """A file's bytes, read patiently; ValueError where it is no plain file, or larger than that."""
+    return patiently(partial(limited_bytes, path, most), path)
+
+
 def named(error: OSError, path: Path) -> OSError:
     """An error of the system that says which file it is about.
 
@@ -183,35 +189,6 @@ def named(error: OSError, path: Path) -> OSError:
     if error.errno is None:
         return error
     return OSError(error.errno, os.strerror(error.errno), str(path))
-
-
-def check_members(archive: zipfile.ZipFile, size: int) -> None:
-    """Raise ValueError where a zip of so many bytes holds more than that, or what is compressed.
-
-    torch.save and numpy.savez store as it is: anything else is foreign, and may swell.
-    """
-    members = archive.infolist()
-    if any(each.compress_type != zipfile.ZIP_STORED or each.flag_bits & 1 for each in members):
-        raise ValueError("holds compressed or encrypted members")
-    if any(each.external_attr & FOLDER for each in members):
-        raise ValueError("a member is marked as a folder, of which torch reads no bytes")
-    if sum(max(each.file_size, each.compress_size) for each in members) > size:
-        raise ValueError("its members claim more bytes than the file has")
-
-
-def checked_zip(stored: bytes) -> io.BytesIO:
-    """A zip archive's bytes (torch.save writes one) as a file, after every member met its checksum.
-
-    Raises what zipfile raises on damage, and ValueError where a checksum is wrong.
-    """
-    file = io.BytesIO(stored)
-    with zipfile.ZipFile(file) as archive:
-        check_members(archive, len(stored))
-        broken = archive.testzip()
-    if broken is not None:
-        raise ValueError(f"checksum of {broken} is wrong")
-    file.seek(0)
-    return file
 
 
 def sweep(folder: Path) -> int:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from utils.archives import load_plain
 from utils.artefacts import write_artefact
-from utils.cache import load_plain, seen_bands
 from utils.claims import contradicting
+from utils.manifest import seen_bands
 from utils.records import has_format, unfit
 
 FORMAT = 3

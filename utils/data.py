@@ -23,15 +23,11 @@ from torch.utils.data import Dataset, Sampler
 from config import Augmentations, Splits, Train
 from utils.artefacts import NAME, sweep
 from utils.cache import (
-    MANIFEST,
-    CacheError,
-    Manifest,
     TileError,
     check_bytes,
     check_shapes,
     check_tile,
     load_tile,
-    read_manifest,
     tile_names,
     tile_path,
 )
@@ -39,6 +35,7 @@ from utils.distributed import Runtime
 from utils.footprints import footprints, write_sides
 from utils.locks import HOLDER, LOCK
 from utils.logging import VerbosityLogger
+from utils.manifest import MANIFEST, CacheError, Manifest, read_manifest
 from utils.process import serve_parent
 from utils.splits import Split, audit, split_by_blocks, split_by_lists, split_by_regions
 from utils.turns import Turn

@@ -13,7 +13,6 @@ from torch import nn
 
 from config import Train
 from utils.artefacts import write_artefact
-from utils.cache import Manifest
 from utils.data import Sample
 from utils.devices import tell_of_compiling
 from utils.distributed import Runtime
@@ -22,6 +21,7 @@ from utils.keeping import Keeper, Save, score_of
 from utils.loading import Loader, Loaders
 from utils.logging import VerbosityLogger
 from utils.losses import balanced_weights
+from utils.manifest import Manifest
 from utils.metrics import Score, SegmentationMetrics, best_class
 from utils.optim import EarlyStopping
 from utils.process import StoppedError

@@ -18,7 +18,7 @@ from rasterio.transform import Affine
 from rasterio.warp import transform
 
 from utils.artefacts import write_artefact
-from utils.cache import Manifest, scene_of
+from utils.manifest import Manifest, scene_of
 
 APART = 1e9  # metres between scenes that have no place on the Earth
 TOUCH = 1e-4  # of a tile's side: what warping may make neighbours overlap by

@@ -17,8 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from utils.artefacts import write_artefact
-from utils.cache import plain_bytes
+from utils.artefacts import plain_bytes, write_artefact
 from utils.locks import alone_in
 
 NAME = re.compile(r"c(\d{8})_r(\d{8})_([0-9a-f]{16})\.rows")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils.cache import DAMAGE, Manifest
+from utils.archives import DAMAGE
 from utils.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -24,6 +24,7 @@ from utils.checkpoint import (
 )
 from utils.divergence import require_sound
 from utils.logging import VerbosityLogger
+from utils.manifest import Manifest
 from utils.metrics import Score
 from utils.optim import EarlyStopping
 from utils.records import alike

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from config import Augmentations, Train
-from utils.cache import Manifest
 from utils.data import Drawn, EpochSampler, PrecomputedDataset, Sample, uniform_order
 from utils.distributed import Runtime
+from utils.manifest import Manifest
 from utils.sampling import balanced_order
 from utils.splits import Split
 from utils.streaming import ahead

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from config import Train
 from utils.artefacts import temporary_of
-from utils.cache import Manifest, load_tile, tile_path, write_tile
+from utils.cache import load_tile, tile_path, write_tile
 from utils.distributed import Runtime
 from utils.logging import VerbosityLogger
+from utils.manifest import Manifest
 from utils.quantize import as_cached
 
 FORWARD, FILE = 0.8, 0.2  # seconds to measure the backbone, a write or a load

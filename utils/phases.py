@@ -22,7 +22,7 @@ from models.backbone import (
 )
 from models.segmenter import Segmenter
 from utils.agreement import precision_as_trained, require_backbone, require_cache, require_fit
-from utils.cache import CacheError, Manifest, claim
+from utils.cache import claim
 from utils.checkpoint import load_checkpoint, load_weights
 from utils.data import load_split
 from utils.data import verify as check_tiles
@@ -33,6 +33,7 @@ from utils.inference import predict_scenes
 from utils.keeping import best_path, keep_best
 from utils.loading import make_loaders
 from utils.logging import VerbosityLogger
+from utils.manifest import CacheError, Manifest
 from utils.outputs import check_spaces, scenes_to_map, trained_as
 from utils.pace import settle_cache
 from utils.preflight import check_content

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from config import Config
 from utils.agreement import require_cache
-from utils.cache import read_manifest, require_manifest
 from utils.checkpoint import require_there
 from utils.distributed import Runtime
 from utils.keeping import best_path
 from utils.locks import alone_in
+from utils.manifest import read_manifest, require_manifest
 from utils.outputs import check_outputs, in_folder, scenes_to_map
 from utils.raster import RasterError
 from utils.scenes import files_of

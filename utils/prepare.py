@@ -15,19 +15,13 @@ from torch import Tensor
 
 from config import Config, ConfigError, Prepare
 from utils.cache import (
-    MANIFEST,
-    CacheError,
-    Manifest,
     TileError,
     check_layout,
     claim,
     drop_changed,
     load_tile,
-    read_manifest,
-    scene_of,
     tile_names,
     tile_path,
-    write_manifest,
     write_tile,
 )
 from utils.devices import download, most_at_once, precision_of, upload
@@ -42,6 +36,7 @@ from utils.labels import (
     open_labels,
 )
 from utils.logging import VerbosityLogger
+from utils.manifest import MANIFEST, CacheError, Manifest, read_manifest, scene_of, write_manifest
 from utils.maps import legend_of
 from utils.quantize import HALF, as_cached
 from utils.raster import RasterError, Reading, Scene, ground_gsd, open_scene

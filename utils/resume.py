@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from config import Augmentations, Resources, Train
+from utils.archives import load_plain
 from utils.artefacts import write_artefact
-from utils.cache import Manifest, hash_of, load_plain
+from utils.manifest import Manifest, hash_of
 from utils.metrics import Score
 from utils.records import fits, has_format, is_plain, unfit
 

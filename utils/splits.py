@@ -15,10 +15,10 @@ import shapely
 
 from config import Splits
 from utils.blocks import apart, block_side, hold_outs, tile_side
-from utils.cache import scene_of
 from utils.footprints import APART, TOUCH, Footprints, overlapping, smallest_distance
 from utils.limits import MEBIBYTE, limited_bytes
 from utils.logging import VerbosityLogger
+from utils.manifest import scene_of
 from utils.vectors import is_vector, read_shapes
 
 LARGEST = 256 * MEBIBYTE  # of a list: some millions of names

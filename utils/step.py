@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from config import Train
-from utils.cache import Manifest
 from utils.data import Sample
 from utils.devices import autocast, compiles
 from utils.distributed import Runtime
 from utils.divergence import DivergedError, diagnosis
 from utils.losses import SegmentationLoss
+from utils.manifest import Manifest
 from utils.optim import build_optimizer, build_schedule
 from utils.process import STOP
 from utils.quantize import restored

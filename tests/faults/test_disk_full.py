@@ -19,7 +19,8 @@ from size import figure, sized
 from test_kills import Stage, only
 
 from utils.artefacts import NAME
-from utils.cache import check_tile, read_manifest, tile_names, tile_path
+from utils.cache import check_tile, tile_names, tile_path
+from utils.manifest import read_manifest
 
 PHASES = ("prepare", "train", "inference")
 LOG = 1 << 13  # bytes that the log and the terminal of a run stay below

@@ -20,7 +20,7 @@ import torch
 from forked import Child, forked
 from size import figure, sized
 
-from utils.cache import MANIFEST, checksum_of
+from utils.manifest import MANIFEST, checksum_of
 
 LONGEST = 60  # seconds that a run may take
 KNOWN = {0, 2, 3, 4, 5}

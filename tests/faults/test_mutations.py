@@ -28,11 +28,12 @@ from size import figure, sized
 from config import Model, load_config
 from models.backbone import describe_backbone
 from utils import resume
-from utils.cache import check_tile, load_tile, read_manifest, tile_names
+from utils.cache import check_tile, load_tile, tile_names
 from utils.checkpoint import load_checkpoint
 from utils.footprints import footprints
 from utils.label_values import LabelRules
 from utils.labels import check_values, find_labels, labels_identity, open_labels
+from utils.manifest import read_manifest
 from utils.polygons import write_polygons
 from utils.process import ending_of, out_of_memory
 from utils.raster import Reading, open_scene

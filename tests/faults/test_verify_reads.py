@@ -10,9 +10,10 @@ import project
 import pytest
 from size import figure, sized
 
-from utils.cache import load_tile, read_manifest, tile_names, tile_path
+from utils.cache import load_tile, tile_names, tile_path
 from utils.data import verify
 from utils.distributed import Runtime
+from utils.manifest import read_manifest
 
 ONLY = [f"{phase}.enable=false" for phase in ("prepare", "train", "inference")]
 CODES = ("EIO", "ESTALE", "EACCES", "ENOMEM")
