@@ -4,9 +4,9 @@
     python -m benchmarks.head --tiles 1         one tile alone
 
 Both forms have the same weights and run the same code in evaluation mode, on one thread. One is
-float32, with kernels, pixels and maps in NCHW; the other is the product's: autocast to bfloat16,
-everything channels_last, maps in half precision as the backbone gives them. They take turns, and
-each turn begins with a run that does not count.
+float32, with kernels, pixels and maps in NCHW; the other is inference's: autocast to bfloat16,
+weights rounded once, everything channels_last, maps in half precision as the backbone gives them.
+They take turns, and each turn begins with a run that does not count.
 """
 
 import copy
@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.rows import Row, command_line, report
 from models import build_head
 from models.base import SegmentationHead, enlarge
+from models.segmenter import round_once
 from utils.devices import has_bf16
 from utils.logging import say
 
@@ -40,6 +41,7 @@ def measure(tiles: int = 4, turns: int = 7) -> list[Row]:
         return rows
     head = build_head("unet_v2", CHANNELS, LEVELS, CLASSES).eval()
     plain = copy.deepcopy(head).to(memory_format=torch.contiguous_format)
+    round_once(head)
     image, maps = make_inputs(tiles)
     apart = [level.contiguous() for level in maps]
     slow, fast = alternate(turns, lambda: in_nchw(plain, image, apart), lambda: head(image, maps))

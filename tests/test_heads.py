@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import HEADS, build_head
-from models.base import HeadOutput, SegmentationHead, enlarge
+from models.base import HeadOutput, SegmentationHead, cast, enlarge
 from models.blocks import EDGE_TYPES, Classifier, PixelConv
 from models.maskformer import log_scores
 from models.unet_v2 import routes
@@ -157,6 +157,20 @@ def test_half_precision_features_are_cast(name, dtype):
     half = [level.to(dtype) for level in features]
     expected = head(image, [level.float() for level in half]).logits
     torch.testing.assert_close(head(image, half).logits, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 32])
+@pytest.mark.parametrize("last", [True, False])
+def test_a_map_in_another_type_has_the_rounded_values_and_lies_as_it_did(rows, last):
+    level = 100 * torch.randn(3, rows, 5, 16).half().permute(0, 3, 1, 2)
+    level = level if last else level.contiguous()
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        found = cast(level, dtype)
+        assert torch.equal(found, level.to(dtype))
+        assert found.stride() == level.to(dtype).stride()
+    learned = level.clone().requires_grad_()
+    cast(learned, torch.bfloat16).sum().backward()
+    assert torch.equal(learned.grad, torch.ones_like(level))
 
 
 @heads
