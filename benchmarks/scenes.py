@@ -12,7 +12,7 @@ import rasterio
 from rasterio.crs import CRS
 from rasterio.transform import Affine
 
-from utils.raster import Grid, north_up, warp_outline
+from utils.grids import Grid, north_up, warp_outline
 
 BLOCK = 512
 UTM, GSD, WEST, NORTH = "EPSG:32633", 0.5, 412000, 5326000

@@ -21,8 +21,9 @@ from utils.cache import write_tile
 from utils.checkpoint import Checkpoint
 from utils.data import Sample
 from utils.distributed import LAUNCH
+from utils.grids import Grid, north_up
 from utils.manifest import Manifest, read_manifest
-from utils.raster import Grid, north_up, write_raster
+from utils.raster import write_raster
 
 ROOT = Path(main.__file__).resolve().parent
 CRS, GSD, NORTH, WEST = "EPSG:32633", 0.5, 5326000, 412000

@@ -16,7 +16,8 @@ from benchmarks.memory import shape
 from benchmarks.rows import Row, furthest, print_table, report
 from benchmarks.scenes import DEGREES, UTM, write_labels, write_scene
 from utils.cache import tile_names
-from utils.raster import grid_of, overlap
+from utils.grids import overlap
+from utils.opening import grid_of
 from utils.tiling import tiles
 
 FOLDER = Path(meter.__file__).parent

@@ -16,7 +16,8 @@ from utils import demo
 from utils.label_values import LabelRules
 from utils.labels import open_labels
 from utils.landscape import CLASSES, paint
-from utils.raster import open_raster, open_scene, read_whole, write_raster
+from utils.opening import open_raster
+from utils.raster import open_scene, read_whole, write_raster
 from utils.tiling import Tile
 
 SIZE = 384

@@ -10,11 +10,11 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"utils.records", "utils.tiling", "utils.limits", "utils.formats"},
     {"utils.claims", "utils.artefacts"},
-    {"utils.manifest", "utils.archives"},
+    {"utils.manifest", "utils.archives", "utils.grids", "utils.vrt"},
     {
         "utils.strict_yaml", "utils.key_rules", "utils.cache", "utils.sampling",
         "utils.losses", "utils.metrics", "utils.optim", "utils.logging", "utils.landscape",
-        "utils.turns", "utils.streaming", "utils.quantize", "utils.locks", "utils.vrt",
+        "utils.turns", "utils.streaming", "utils.quantize", "utils.locks", "utils.opening",
         "utils.space", "models.blocks",
     },
     {
@@ -45,15 +45,16 @@ FLOORS = [
 JOINING = {"main", "utils.phases", "utils.demo"}  # the programs: they know models and utils
 DOORS = {
     "rasterio": {
-        "utils.raster", "utils.labels", "utils.vectors", "utils.burning", "utils.footprints",
-        "utils.maps", "utils.ground", "utils.polygons", "utils.warping",
+        "utils.grids", "utils.opening", "utils.raster", "utils.labels", "utils.vectors",
+        "utils.burning", "utils.footprints", "utils.maps", "utils.ground", "utils.polygons",
+        "utils.warping",
     },
     "shapely": {
-        "utils.raster", "utils.labels", "utils.vectors", "utils.burning", "utils.footprints",
+        "utils.grids", "utils.labels", "utils.vectors", "utils.burning", "utils.footprints",
         "utils.blocks", "utils.splits", "utils.ground", "utils.polygons",
     },
     "pyogrio": {"utils.vectors", "utils.polygons"},
-    "tifffile": {"utils.raster"},
+    "tifffile": {"utils.opening"},
     "transformers": {"models.backbone"},
     "safetensors": {"models.backbone"},
     "torch.distributed": {"utils.distributed"},

@@ -12,7 +12,8 @@ import tifffile
 from rasterio.transform import Affine
 
 from utils.formats import DRIVERS, drivers_of, false_ending, too_large
-from utils.raster import RasterError, RefusedError, is_raster, open_raster, open_scene
+from utils.opening import RasterError, RefusedError, is_raster, open_raster
+from utils.raster import open_scene
 from utils.scenes import find_scenes
 
 PIXELS = np.arange(3 * 40 * 50, dtype=np.uint8).reshape(3, 40, 50)

@@ -30,9 +30,10 @@ from utils.inference import (
 from utils.locks import LockError
 from utils.logging import VerbosityLogger
 from utils.maps import default_legend
+from utils.opening import RasterError
 from utils.outputs import Trained
 from utils.products import InferenceError, Mosaic
-from utils.raster import RasterError, Reading, open_scene
+from utils.raster import Reading, open_scene
 from utils.scenes import SceneFile, find_scenes
 from utils.tiling import stride_of, tiles
 from utils.turns import Turn

@@ -25,6 +25,7 @@ from shapely.geometry import MultiPolygon, Polygon, box, mapping
 
 from config import Dataset
 from utils import warping
+from utils.grids import Grid
 from utils.label_values import HOLE, LabelRules, ids_by_table, label_rules
 from utils.labels import (
     check_values,
@@ -35,7 +36,8 @@ from utils.labels import (
     open_labels,
     without_borders,
 )
-from utils.raster import Grid, RasterError, Reading, open_scene
+from utils.opening import RasterError
+from utils.raster import Reading, open_scene
 from utils.tiling import Tile, tiles
 from utils.vectors import VectorError
 

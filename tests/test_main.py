@@ -27,8 +27,9 @@ from models.segmenter import Segmenter
 from utils import phases
 from utils.distributed import Runtime
 from utils.manifest import read_manifest
+from utils.opening import open_raster
 from utils.process import StoppedError
-from utils.raster import open_raster, read_whole
+from utils.raster import read_whole
 
 ONLY_TRAIN = ("prepare.enable=false", "verify.enable=false", "inference.enable=false")
 ONLY_INFERENCE = ("prepare.enable=false", "verify.enable=false", "train.enable=false")

@@ -22,6 +22,7 @@ from rasterio.windows import Window
 from rio_cogeo.cogeo import cog_validate
 
 from utils import maps
+from utils.grids import Grid, north_up
 from utils.maps import (
     MAX_CLASSES,
     OKABE_ITO,
@@ -37,7 +38,6 @@ from utils.maps import (
     share_bytes,
     sidecar,
 )
-from utils.raster import Grid, north_up
 
 ROOT = Path(__file__).parent.parent
 GRID = north_up("EPSG:32633", 412000, 5326000, 0.5, 700, 610)
@@ -397,7 +397,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from utils.maps import MapWriter, class_map, default_legend
-from utils.raster import north_up
+from utils.grids import north_up
 
 height, width = int(sys.argv[1]), 4000
 rows = np.kron(np.random.default_rng(0).integers(0, 6, (20, width // 5)), np.ones((5, 5), int))

@@ -22,8 +22,10 @@ from models.backbone import build_backbone, describe_backbone
 from utils.cache import load_tile, tile_path
 from utils.data import verify
 from utils.distributed import Runtime
+from utils.grids import ground_gsd
 from utils.logging import VerbosityLogger
 from utils.manifest import CacheError, Manifest, read_manifest, write_manifest
+from utils.opening import RasterError
 from utils.prepare import (
     Encode,
     begun_in,
@@ -34,7 +36,7 @@ from utils.prepare import (
     find_sources,
     prepare,
 )
-from utils.raster import RasterError, ground_gsd, open_scene
+from utils.raster import open_scene
 from utils.tiling import Tile, repeated, tiles
 
 CPU, SIZE, IGNORE = torch.device("cpu"), 32, 255

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from config import Inference
 from utils.blending import Part
+from utils.grids import north_up
 from utils.inference import plan_of
 from utils.maps import BLOCK, class_map, default_legend
 from utils.metrics import best_class
 from utils.products import MB, WAITING, Sheet, blend_of, classes_of, layout_of, products_of
-from utils.raster import north_up
 from utils.tiling import Tile
 
 META = torch.device("meta")  # tensors of any size that take no memory

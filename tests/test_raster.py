@@ -10,23 +10,12 @@ import rasterio.shutil
 from hypothesis import given
 from hypothesis import strategies as st
 from rasterio.control import GroundControlPoint
-from rasterio.crs import CRS
 from rasterio.enums import ColorInterp
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.transform import Affine
 
-from utils.raster import (
-    Grid,
-    RasterError,
-    Reading,
-    check_structure,
-    file_identity,
-    ground_gsd,
-    north_up,
-    open_scene,
-    resized,
-    scaled,
-)
+from utils.opening import RasterError
+from utils.raster import Reading, open_scene, scaled
 from utils.tiling import Tile, tiles
 
 HEIGHT, WIDTH = 70, 90
@@ -218,35 +207,6 @@ def test_handles_are_not_shared(write_tiff, pixels, monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(read_all, range(16)))
     assert opened == [False] * 16
-
-
-def test_a_scene_is_another_one_when_its_file_or_mask_changes(write_tiff, pixels):
-    path = write_tiff("scene.tif", pixels)
-    before = file_identity(path)
-    with rasterio.open(path) as dataset:
-        dataset.stats(indexes=1)
-    path.with_name("scene.tif.aux.xml").write_text("<PAMDataset></PAMDataset>")
-    assert file_identity(path) == before
-    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False), rasterio.open(path, "r+") as dataset:
-        dataset.write_mask(np.zeros((HEIGHT, WIDTH), np.uint8))
-    assert file_identity(path) != before
-
-
-def test_a_vrt_is_another_scene_when_a_source_changes(write_tiff, pixels):
-    path = write_tiff("source.tif", pixels)
-    mosaic = path.with_name("scene.vrt")
-    rasterio.shutil.copy(path, mosaic, driver="VRT")
-    before = file_identity(mosaic)
-    write_tiff("source.tif", pixels[:, ::-1], compress="deflate")
-    assert file_identity(mosaic) != before
-
-
-def test_structure_is_checked_in_tiffs_of_any_name(write_tiff, pixels):
-    path = write_tiff("scene.bin", pixels)
-    check_structure(path)
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(RasterError, match="truncated"):
-        check_structure(path)
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -506,37 +466,3 @@ def test_a_gsd_needs_a_place_on_the_earth(write_tiff, pixels):
         open_scene(path, Reading(gsd=1.0)),
     ):
         pass
-
-
-@pytest.mark.parametrize(
-    ("crs", "left", "top", "gsd", "metres"),
-    [
-        ("EPSG:32633", 412000, 5326000, 0.5, 0.5),  # scale factor 0.9997 here
-        ("EPSG:32645", 500000, 3000000, 10, 10),
-        ("EPSG:3857", 9500000, 3200000, 0.1493, 0.1493 * np.cos(np.radians(27.6))),
-        ("EPSG:3857", 0, 8400000, 10, 10 * np.cos(np.radians(59.99))),
-        ("EPSG:2263", 990000, 200000, 1, 0.3048),  # feet
-    ],
-)
-def test_the_ground_gsd_is_in_metres_whatever_the_crs(crs, left, top, gsd, metres):
-    assert ground_gsd(north_up(crs, left, top, gsd, 400, 300)) == pytest.approx(metres, rel=0.004)
-
-
-def test_the_ground_gsd_of_degrees_is_the_mean_of_both_sides():
-    grid = north_up("EPSG:4326", 15, 60, 1e-5, 1000, 1000)
-    assert ground_gsd(grid) == pytest.approx(1.1133 * np.cos(np.radians(60)) ** 0.5, rel=0.004)
-
-
-def test_the_ground_gsd_of_a_turned_or_south_up_grid_is_that_of_its_pixels():
-    utm = CRS.from_epsg(32633)
-    for turned in (Affine.rotation(33), Affine.scale(1, -1)):
-        place = Affine(0.5, 0, 412000, 0, -0.5, 5326000) @ turned
-        assert ground_gsd(Grid(utm, place, 200, 300)) == pytest.approx(0.5, rel=0.001)
-
-
-@given(st.integers(1, 3000), st.integers(1, 3000), st.floats(0.05, 20))
-def test_a_resized_grid_covers_the_same_ground(height, width, factor):
-    grid = north_up("EPSG:32633", 412000, 5326000, 0.5, height, width)
-    found = resized(grid, factor)
-    assert found.footprint().bounds == pytest.approx(grid.footprint().bounds, abs=1e-6)
-    assert found.height == max(1, round(height / factor))

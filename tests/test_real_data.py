@@ -19,10 +19,11 @@ from rasterio.windows import Window
 
 from config import Dataset
 from models.backbone import write_random_backbone
+from utils.grids import Grid
 from utils.label_values import label_rules
 from utils.labels import open_labels
 from utils.metrics import SegmentationMetrics
-from utils.raster import Grid, open_scene, read_whole
+from utils.raster import open_scene, read_whole
 from utils.tiling import Tile
 
 DATA = os.environ.get("DINOV3SEG_REAL_DATA", "")

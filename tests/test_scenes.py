@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rasterio.enums import ColorInterp
 
-from utils.raster import RasterError
+from utils.opening import RasterError
 from utils.scenes import band_ranges, default_bands, find_scenes, told_apart, type_range
 
 HEIGHT, WIDTH = 40, 50

@@ -24,7 +24,9 @@ from shapely.geometry import mapping
 
 from utils import burning, vectors
 from utils.burning import burn
-from utils.raster import Grid, grid_of, north_up, open_raster, read_whole
+from utils.grids import Grid, north_up
+from utils.opening import grid_of, open_raster
+from utils.raster import read_whole
 from utils.tiling import Tile
 from utils.vectors import Shapes, VectorError, named_crs, outline_in, read_shapes, value_key
 

@@ -8,7 +8,7 @@ import rasterio
 import rasterio.shutil
 from rasterio.vrt import WarpedVRT
 
-from utils.raster import RefusedError, open_raster
+from utils.opening import RefusedError, open_raster
 from utils.vrt import VrtError, sources_of
 
 SOURCE = "<SourceFilename relativeToVRT=\"1\">{}</SourceFilename><SourceBand>1</SourceBand>"

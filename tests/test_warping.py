@@ -13,7 +13,7 @@ from rasterio.warp import transform
 from rasterio.windows import Window
 
 from utils import warping
-from utils.raster import Grid
+from utils.grids import Grid
 from utils.tiling import Tile, tiles
 from utils.warping import SQUARE, Overlay, Places, Stored, gather
 

@@ -10,7 +10,9 @@ locks        one run at a time in a folder
 space        room on the disk before something is written
 streaming    threads that read ahead and write behind
 tiling       integer geometry of tiles: origins, the part of a tile that is its own
-raster       one raster on disk: grids, masks, windows, scenes read tile by tile
+grids        where pixels lie: CRS, transform, size
+opening      rasters opened by the driver of their ending, within bounds
+raster       one scene on disk: bands, masks, windows, read tile by tile
 block_cache  how many decoded blocks GDAL holds
 scenes       which files are scenes, which bands are read, what their values mean
 vectors      polygons on disk

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from config import Config
-from utils.raster import RasterError, open_raster
+from utils.opening import RasterError, open_raster
 from utils.scenes import files_of
 
 LEAST = "32"  # MB; what `utils.process` sets before GDAL is loaded

@@ -13,7 +13,7 @@ from rasterio.features import rasterize
 from rasterio.transform import Affine
 from shapely.geometry import Polygon, box
 
-from utils.raster import Grid
+from utils.grids import Grid
 from utils.tiling import Tile
 from utils.vectors import Shapes
 
@@ -47,7 +47,7 @@ def burn(
 
     >>> from utils.vectors import WGS84
     >>> roofs = Shapes(np.array([box(1, 0, 4, 1)]), ("tin",), WGS84, "roofs.gpkg")
-    >>> from utils.raster import north_up
+    >>> from utils.grids import north_up
     >>> grid = north_up("EPSG:4326", left=0, top=2, gsd=1, height=2, width=5)
     >>> burn(roofs, [7], grid, Tile(0, 0, 2, 5), fill=0, all_touched=False).tolist()
     [[0, 0, 0, 0, 0], [0, 7, 7, 7, 0]]

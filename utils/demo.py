@@ -18,18 +18,11 @@ import numpy as np
 import torch
 
 from models.backbone import write_random_backbone
+from utils.grids import Grid, north_up, warp_outline
 from utils.landscape import CLASSES, Landscape, paint
 from utils.logging import say
 from utils.metrics import SegmentationMetrics
-from utils.raster import (
-    Grid,
-    mosaic,
-    north_up,
-    read_whole,
-    warp_outline,
-    write_png,
-    write_raster,
-)
+from utils.raster import mosaic, read_whole, write_png, write_raster
 
 SIZE = 1408  # pixels a side
 GSD = 0.5  # metres

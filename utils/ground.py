@@ -7,7 +7,7 @@ from rasterio.crs import CRS
 from rasterio.errors import CRSError, RasterioError
 from rasterio.warp import transform as transform_points
 
-from utils.raster import Grid
+from utils.grids import Grid
 
 KNOTS = (1024, 64)  # rows and columns at most whose pixels are measured; between them: interpolated
 CHUNK = 1 << 19  # points that are warped at once
@@ -96,7 +96,7 @@ class Ground:
     def areas(self, polygons: np.ndarray) -> np.ndarray:
         """True square metres of polygons in pixels; the middle of each edge is warped as well.
 
-        >>> from utils.raster import north_up
+        >>> from utils.grids import north_up
         >>> degree = north_up("EPSG:4326", left=0, top=1, gsd=1, height=1, width=1)
         >>> round(Ground(degree).areas(shapely.box([0], [0], [1], [1]))[0])
         12308463894

@@ -15,10 +15,12 @@ from config import TTA, Inference
 from utils.artefacts import sweep, temporary_of
 from utils.blending import Strip
 from utils.devices import autocast, most_at_once, upload
+from utils.grids import ground_gsd
 from utils.ground import PolygonError
 from utils.journal import Journal, journal_held
 from utils.logging import VerbosityLogger
 from utils.maps import MapError, MapWriter, UnwrittenError
+from utils.opening import RasterError
 from utils.outputs import (
     Trained,
     check_outputs,
@@ -46,14 +48,7 @@ from utils.products import (
     stored_rows,
     work_left,
 )
-from utils.raster import (
-    Pixels,
-    RasterError,
-    Scene,
-    ground_gsd,
-    open_scene,
-    rows_on,
-)
+from utils.raster import Pixels, Scene, open_scene, rows_on
 from utils.scenes import SceneFile
 from utils.streaming import ahead, behind
 from utils.tiling import Tile, batched, tiles

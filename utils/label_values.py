@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from config import Dataset
-from utils.raster import RasterError
+from utils.opening import RasterError
 from utils.vectors import value_key
 
 UNCOVERED = -1  # as an id: pixels that a file says nothing about

@@ -24,6 +24,7 @@ from shapely.geometry import Polygon, box
 from torch import from_numpy
 
 from utils.burning import burn
+from utils.grids import NO_PLACE, Grid, overlap, warp_outline
 from utils.label_values import (
     HOLE,
     UNCOVERED,
@@ -35,23 +36,17 @@ from utils.label_values import (
     value_table,
     whole_numbers,
 )
-from utils.raster import (
-    NO_PLACE,
-    Grid,
+from utils.opening import (
     RasterError,
-    Scene,
     check_structure,
-    clip,
     file_identity,
     grid_of,
     is_raster,
     open_raster,
-    overlap,
-    pad,
     stat_of,
     told_by,
-    warp_outline,
 )
+from utils.raster import Scene, clip, pad
 from utils.scenes import files_of
 from utils.tiling import Tile, repeated
 from utils.vectors import Shapes, is_vector, outline_in, read_shapes, value_key

@@ -26,7 +26,8 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 
 from utils.artefacts import publish, temporary_of
-from utils.raster import Grid, RasterError, check_structure
+from utils.grids import Grid
+from utils.opening import RasterError, check_structure
 
 Color = tuple[int, int, int]
 

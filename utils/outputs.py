@@ -18,8 +18,9 @@ from utils.checkpoint import Checkpoint
 from utils.formats import is_tiff
 from utils.journal import journal_folder
 from utils.maps import Legend
+from utils.opening import RasterError, is_whole, read_tags
 from utils.products import InferenceError, Product, products_of, raster_path, room_for
-from utils.raster import RasterError, Reading, Scene, is_whole, open_scene, read_tags
+from utils.raster import Reading, Scene, open_scene
 from utils.scenes import SceneFile, find_scenes
 from utils.space import Need, bytes_below, require_space
 from utils.vectors import is_vector

@@ -22,8 +22,9 @@ from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
 from utils.artefacts import replacing
+from utils.grids import Grid
 from utils.ground import Ground, PolygonError
-from utils.raster import MAP, Grid, grid_of, open_raster
+from utils.opening import MAP, grid_of, open_raster
 from utils.regions import Regions
 
 CHUNK = 1 << 19  # corners of the polygons that are measured and written at once

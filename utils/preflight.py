@@ -16,8 +16,8 @@ from utils.distributed import Runtime
 from utils.keeping import best_path
 from utils.locks import alone_in
 from utils.manifest import read_manifest, require_manifest
+from utils.opening import RasterError
 from utils.outputs import check_outputs, in_folder, scenes_to_map
-from utils.raster import RasterError
 from utils.scenes import files_of
 from utils.space import nearest
 from utils.splits import require_list

@@ -26,6 +26,7 @@ from utils.cache import (
 )
 from utils.devices import download, most_at_once, precision_of, upload
 from utils.distributed import Runtime
+from utils.grids import ground_gsd
 from utils.label_values import LabelRules, label_rules
 from utils.labels import (
     Labels,
@@ -38,8 +39,9 @@ from utils.labels import (
 from utils.logging import VerbosityLogger
 from utils.manifest import MANIFEST, CacheError, Manifest, read_manifest, scene_of, write_manifest
 from utils.maps import legend_of
+from utils.opening import RasterError
 from utils.quantize import HALF, as_cached
-from utils.raster import RasterError, Reading, Scene, ground_gsd, open_scene
+from utils.raster import Reading, Scene, open_scene
 from utils.sampling import class_counts
 from utils.scenes import SceneFile, band_ranges, default_bands, find_scenes
 from utils.space import Need, free_at, require_space

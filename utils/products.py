@@ -12,6 +12,7 @@ from torch import Tensor
 from config import Inference
 from utils.blending import Blend, Part, Strip, carried_rows, strips
 from utils.devices import download
+from utils.grids import Grid
 from utils.journal import Journal, Place, Stored
 from utils.maps import (
     BLOCK,
@@ -25,7 +26,6 @@ from utils.maps import (
     share_bytes,
 )
 from utils.metrics import best_class
-from utils.raster import Grid
 from utils.tiling import Tile, stride_of
 
 MB = 10**6

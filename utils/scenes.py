@@ -7,17 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from utils.raster import (
-    SIDECARS,
-    RasterError,
-    Reading,
-    RefusedError,
-    check_structure,
-    is_alpha,
-    open_raster,
-    open_scene,
-)
+from utils.opening import RasterError, RefusedError, check_structure, open_raster
+from utils.raster import Reading, is_alpha, open_scene
 
+SIDECARS = (
+    ".msk", ".ovr", ".aux.xml", ".tfw", ".wld", ".prj", ".tmp", ".dbf", ".shx", ".cpg", ".qix",
+    ".sbn", ".sbx", ".qmd", ".qml", ".gpkg-wal", ".gpkg-shm",
+)  # fmt: skip
 SAMPLED = 2**22  # pixels of all scenes together from which value ranges are taken
 
 

@@ -28,8 +28,8 @@ from shapely import STRtree
 from shapely.errors import ShapelyError
 from shapely.geometry import Polygon, box, shape
 
+from utils.grids import Grid, warp_outline
 from utils.limits import MEBIBYTE, limited_bytes
-from utils.raster import Grid, warp_outline
 
 LARGEST_GEOJSON = 1024 * MEBIBYTE  # read whole, it takes ten times as much memory
 STARTS = {".gpkg": b"SQLite format 3\0", ".shp": b"\0\0\x27\x0a", ".fgb": b"fgb\x03fgb"}

@@ -20,7 +20,7 @@ from rasterio.transform import Affine
 from rasterio.warp import transform
 from rasterio.windows import Window
 
-from utils.raster import NO_PLACE, Grid
+from utils.grids import NO_PLACE, Grid
 from utils.tiling import Tile
 
 SQUARE = 256  # pixels; the squares on which a polynomial stands for PROJ
@@ -55,7 +55,7 @@ class Stored(NamedTuple):
 class Overlay:
     """A grid laid over a raster that may lie in another CRS.
 
-    >>> from utils.raster import north_up
+    >>> from utils.grids import north_up
     >>> scene = north_up("EPSG:32633", 412000, 5326000, 0.5, 1408, 1408)
     >>> label = north_up("EPSG:32633", 411999, 5326001, 2.0, 352, 352)
     >>> [(_, places)] = Overlay(scene, label).parts(Tile(0, 0, 1, 5))
