@@ -132,7 +132,7 @@ def run_of(head: str = "linear", num_classes: int = 3, **dataset) -> Config:
 @pytest.mark.parametrize(
     "keys",
     [{}, {"bands": (1, 2, 3, 4)}, {"gsd": 0.5}, {"input_range": (0, 3000)},
-     {"input_range": ((0, 3000),) * 4}, {"input_range": "dtype"}],
+     {"input_range": ((0, 3000),)}, {"input_range": ((0, 3000),) * 4}, {"input_range": "dtype"}],
 )  # fmt: skip
 def test_a_checkpoint_fits_the_run_it_was_made_for(keys):
     """What the configuration leaves open is as the checkpoint has it."""

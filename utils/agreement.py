@@ -16,6 +16,7 @@ from utils.devices import has_bf16
 from utils.label_values import label_rules
 from utils.logging import VerbosityLogger
 from utils.manifest import Manifest, same_in, seen_bands
+from utils.scenes import pair_of_each
 from utils.turns import first_turns
 
 SET_BACK = "set it back, or run prepare into another folder"
@@ -85,8 +86,7 @@ def stated_ranges(section: Dataset, bands: int) -> list[list[float]] | None:
     wanted = section.input_range
     if isinstance(wanted, str):
         return None
-    pairs = wanted if isinstance(wanted[0], tuple) else (wanted,) * bands
-    return [list(pair) for pair in pairs]
+    return [list(pair) for pair in pair_of_each(wanted, bands)]
 
 
 def require_fit(path: Path, checkpoint: Checkpoint, config: Config, backbone: Any) -> None:

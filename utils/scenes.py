@@ -35,14 +35,13 @@ def band_ranges(
     scenes' valid pixels, from strided reads. dtype: what the type can hold (floats: 0..1).
     """
     if not isinstance(wanted, str):
-        pairs = wanted if isinstance(wanted[0], tuple) else (wanted,)
-        pairs = pairs * len(bands) if len(pairs) == 1 else pairs
+        pairs = pair_of_each(wanted, len(bands))
         if len(pairs) != len(bands):
             raise RasterError(
                 f"dataset.input_range: {len(pairs)} pairs for {len(bands)} bands; give one pair or "
                 "one for each"
             )
-        return tuple(pairs)
+        return pairs
     kinds: set[np.dtype] = set()
     for path in paths:
         with open_scene(path, Reading(bands, (), nodata)) as scene:
@@ -53,6 +52,16 @@ def band_ranges(
         names = ", ".join(sorted(str(kind) for kind in kinds))
         raise RasterError(f"dataset.input_range: dtype, but scenes are {names}; give numbers")
     return (type_range(kinds.pop()),) * len(bands)
+
+
+def pair_of_each(wanted: Any, bands: int) -> tuple[tuple[float, float], ...]:
+    """The pairs that `dataset.input_range` has, where there is one, as often as there are bands.
+
+    >>> pair_of_each((0, 3000), 2) == pair_of_each(((0, 3000),), 2) == ((0, 3000), (0, 3000))
+    True
+    """
+    pairs = wanted if isinstance(wanted[0], tuple) else (wanted,)
+    return pairs * bands if len(pairs) == 1 else pairs
 
 
 def type_range(kind: np.dtype) -> tuple[float, float]:
