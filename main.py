@@ -127,8 +127,7 @@ def run_phases(config: Config, log: VerbosityLogger) -> None:
             check_paths(config)
         with weights_held(config, run):
             with cache_held(config, run):
-                if run.is_main:
-                    phases.look_ahead(config)
+                phases.look_ahead(config, run, log)
                 enter(phases.prepare, config, run, log)
                 enter(phases.verify, config, run, log)
             enter(phases.train, config, run, log)

@@ -76,7 +76,8 @@ def training(**sections) -> Config:
 def test_a_run_that_says_nothing_of_a_cache_goes_on_with_any():
     require_cache(training(), MADE)
     other = manifest_of(
-        tile_size=256, ranges=[[0.0, 3000.0]] * 3, rgb=[2, 1, 0], filters={"min_valid": 0.9},
+        tile_size=256, feature_dtype="int8", ranges=[[0.0, 3000.0]] * 3, rgb=[2, 1, 0],
+        filters={"min_valid": 0.9},
         label_rules={"ids": {"7": 1}}, image_mean=[0.1, 0.2, 0.3], image_std=[0.4] * 3,
     )  # fmt: skip
     require_cache(training(), other)
@@ -94,13 +95,33 @@ def test_a_run_that_says_otherwise_than_its_cache_is_refused_with_both_values(ke
     assert line.count("this run has") == 1
 
 
+def test_of_the_rules_of_labels_only_those_that_are_written_are_compared():
+    rules = {"unlisted": "ignore", "attribute": "kind"}
+    made = manifest_of(label_rules=asdict(label_rules(Dataset(labels=rules), 3)))
+    require_cache(training(dataset={"labels": {"attribute": "kind"}}), made)
+    named = [{"name": f"class {number}", "color": "#112233"} for number in range(3)]
+    other = replace(made, label_rules=made.label_rules | {"ids": {"7": 1}})
+    require_cache(training(dataset={"classes": named}), other)
+    valued = [each | {"values": [number]} for number, each in enumerate(named)]
+    with pytest.raises(CacheError, match=r"label_rules \{'ids': \{'7': 1\}\}, this run has"):
+        require_cache(training(dataset={"classes": valued}), other)
+
+
+def test_what_prepare_is_to_do_elsewhere_is_not_held_against_a_cache():
+    here, there = {"processed_dir": Path("/here")}, {"processed_dir": Path("/there")}
+    keys = {"tile_size": 512, "min_valid": 0.0, "feature_dtype": "int8"}
+    require_cache(training(prepare=keys | there, train=here), MADE)
+    with pytest.raises(CacheError, match="tile_size 64, this run has 512"):
+        require_cache(training(prepare=keys | here, train=here), MADE)
+
+
 def test_a_run_that_says_what_its_cache_is_passes():
     require_cache(
         training(
             prepare={"tile_size": 64, "min_valid": 0.5, "background_keep": 1.0},
             model={"image_mean": [0.5] * 3, "image_std": [0.25] * 3},
             dataset={
-                "bands": [1, 2, 3], "rgb": [1, 2, 3], "input_range": [0, 255],
+                "bands": [1, 2, 3], "rgb": [1, 2, 3], "input_range": [[0, 255]],
                 "labels": {"unlisted": "ignore"},
             },
         ),

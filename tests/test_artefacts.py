@@ -15,6 +15,7 @@ from utils.artefacts import (
     PASSING,
     WAITS,
     patiently,
+    plain_bytes,
     replacing,
     sweep,
     temporary_of,
@@ -208,3 +209,13 @@ def test_what_a_disk_objected_to_is_told_of_the_files_own_name(tmp_path):
     with pytest.raises(RuntimeError, match="a bug"):
         write_artefact(path, lambda _: (_ for _ in ()).throw(RuntimeError("a bug")))
     assert names(tmp_path) == []
+
+
+def test_a_file_that_is_too_large_or_none_is_not_read(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"four")
+    assert plain_bytes(path, 4) == b"four"
+    with pytest.raises(ValueError, match="larger than 3 bytes"):
+        plain_bytes(path, 3)
+    with pytest.raises(ValueError, match="not a plain file"):
+        plain_bytes(tmp_path, 99)

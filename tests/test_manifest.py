@@ -8,12 +8,14 @@ import torch
 from project import manifest_of
 
 from utils.manifest import (
+    COPY,
     MANIFEST,
     PROGRESS,
     CacheError,
     Manifest,
     checksum_of,
     read_manifest,
+    restored,
     write_manifest,
 )
 
@@ -29,7 +31,40 @@ def test_a_manifest_comes_back_as_it_was_written(tmp_path):
     made = replace(MADE, scenes={"north": IDENTITY}, tiles={NAME: [1000, 0, 24]}, complete=True)
     write_manifest(made, tmp_path)
     assert read_manifest(tmp_path) == made
-    assert [path.name for path in tmp_path.iterdir()] == [MANIFEST]
+    assert {path.name for path in tmp_path.iterdir()} == {MANIFEST, COPY}
+    assert restored(tmp_path) == ""
+
+
+def lost(path):
+    path.unlink()
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize("harm", [lost, cut])
+def test_a_manifest_that_is_lost_or_damaged_is_written_again_from_its_copy(tmp_path, harm):
+    made = replace(MADE, scenes={"north": IDENTITY}, tiles={NAME: [1000, 0, 24]}, complete=True)
+    write_manifest(made, tmp_path)
+    harm(tmp_path / MANIFEST)
+    assert restored(tmp_path).endswith("it is written again from manifest.copy.json")
+    assert read_manifest(tmp_path) == made
+    harm(tmp_path / COPY)
+    assert restored(tmp_path) == ""
+    assert read_manifest(tmp_path) == made
+
+
+@pytest.mark.parametrize("harm", [lost, cut])
+def test_a_manifest_whose_copy_is_no_better_is_told_as_it_is(tmp_path, harm):
+    write_manifest(MADE, tmp_path)
+    cut(tmp_path / MANIFEST)
+    harm(tmp_path / COPY)
+    before = (tmp_path / MANIFEST).read_bytes()
+    assert restored(tmp_path) == ""
+    assert (tmp_path / MANIFEST).read_bytes() == before
+    with pytest.raises(CacheError, match=r"manifest\.json: not a manifest"):
+        read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -55,9 +90,9 @@ def test_a_folder_in_the_manifest_s_place_is_to_be_removed(tmp_path):
         read_manifest(tmp_path)
 
 
-def test_a_manifest_of_the_older_format_says_what_to_do(tmp_path):
+def test_a_cache_of_the_older_format_says_to_delete_it(tmp_path):
     (tmp_path / MANIFEST).write_text(json.dumps(asdict(MADE) | {"format": 3}))
-    with pytest.raises(CacheError, match="format 3, expected 4.*; delete it and run prepare"):
+    with pytest.raises(CacheError, match=f"format 3, expected 4.*; delete {tmp_path}"):
         read_manifest(tmp_path)
 
 

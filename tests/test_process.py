@@ -62,3 +62,9 @@ def test_what_the_system_objects_to_is_told_with_place_and_remedy(number, said):
 
 def test_what_the_system_objects_to_without_a_place_is_told_as_it_is():
     assert ending_of(OSError("the wire was cut")) == (4, "the wire was cut")
+
+
+def test_both_places_of_a_rename_are_told_and_a_number_is_none():
+    error = OSError(errno.ENOENT, "No such file or directory", "a.tmp", None, "gone/a.pt")
+    assert ending_of(error)[1].startswith("a.tmp -> gone/a.pt: No such file or directory; ")
+    assert ending_of(OSError(errno.EBADF, "Bad file descriptor", 99))[1].startswith("[Errno 9]")

@@ -68,7 +68,7 @@ def test_a_run_ended_at_any_step_makes_the_weights_of_an_unbroken_one_bit_for_bi
     wanted = results(config.parent / "whole")
     steps = int(load(last_path(config.parent / "whole", head))["parts"]["schedule"]["last_epoch"])
     assert steps >= 4
-    quick = head in ("linear", "unet")  # the others' every step is in `make faults`
+    quick = head in ("linear", "unet")  # `make faults` goes on from every step of all
     for number in range(1, steps + 1) if quick else (1, steps // 2, steps):
         folder = f"train.weights_dir=copy/ended{number}"
         with monkeypatch.context() as patched:

@@ -37,16 +37,17 @@ def require_cache(config: Config, manifest: Manifest) -> None:
 def stated(config: Config, manifest: Manifest) -> dict[str, Any]:
     """What a configuration says of the fields of a cache's manifest; None where it says nothing.
 
-    Keys with a default that is a value say something only where they are written.
+    `num_classes` and `ignore_index` always say something; other keys with a value for a default
+    only where they are written, and those of prepare only of the cache that they are for.
     """
     model, data, section = config.model, config.dataset, config.prepare
-    written = section.model_dump(include=section.model_fields_set)
+    ours = section.processed_dir in (None, config.train.processed_dir)
+    written = section.model_dump(include=section.model_fields_set) if ours else {}
     filters = {name: value for name, value in written.items() if name in FILTERS}
-    rules = data.classes is not None or data.labels.model_fields_set
     return {
         "cache": None if data.cache == "auto" else data.cache,
         "num_classes": model.num_classes,
-        "feature_dtype": section.feature_dtype,
+        "feature_dtype": written.get("feature_dtype"),
         "tile_size": written.get("tile_size"),
         "precision": None if config.resources.precision == "auto" else config.resources.precision,
         "ignore_index": data.ignore_index,
@@ -59,9 +60,21 @@ def stated(config: Config, manifest: Manifest) -> dict[str, Any]:
         "gsd": data.gsd,
         "nodata": data.nodata,
         "class_names": data.classes and [each.name for each in data.classes],
-        "label_rules": asdict(label_rules(data, model.num_classes)) if rules else None,
+        "label_rules": manifest.label_rules | stated_rules(data, model.num_classes),
         "filters": manifest.filters | filters,
     }
+
+
+def stated_rules(section: Dataset, num_classes: int) -> dict[str, Any]:
+    """The rules of labels that are written down.
+
+    >>> stated_rules(Dataset(labels={"unlisted": "ignore"}), num_classes=3)
+    {'unlisted': 'ignore'}
+    """
+    rules, written = asdict(label_rules(section, num_classes)), set(section.labels.model_fields_set)
+    if any(each.values for each in section.classes or ()):
+        written.add("ids")
+    return {name: value for name, value in rules.items() if name in written}
 
 
 def stated_statistics(section: Model, manifest: Manifest) -> dict[str, list[float]]:

@@ -13,7 +13,7 @@ import io
 import os
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -50,17 +50,12 @@ class TileError(Exception):
 def claim(wanted: Manifest, folder: Path) -> Manifest:
     """The manifest found in a folder if it agrees with `wanted`; in an empty folder, `wanted`.
 
-    A cache made with other settings is refused with each field that differs. Where the manifest is
-    lost, tiles of a cache like `wanted` are this one's; with another file the folder is refused.
+    A cache made with other settings is refused with each field that differs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / MANIFEST).exists():
-        others = [path for path in folder.glob("*.pt") if not may_be_of(path, wanted)]
-        if others:
-            raise CacheError(
-                f"{folder}: holds no {MANIFEST}, but {others[0].name}, which is no tile of a cache "
-                "with these settings; use an empty folder"
-            )
+        if any(folder.glob("*.pt")):
+            raise CacheError(f"{folder}: holds .pt files but no {MANIFEST}; use an empty folder")
         write_manifest(wanted, folder)
         return wanted
     found = read_manifest(folder)
@@ -68,14 +63,6 @@ def claim(wanted: Manifest, folder: Path) -> Manifest:
             f"{folder}: this cache was made with",
             "set it back, delete the folder, or name another paths.processed_dir")  # fmt: skip
     return replace(found, class_names=wanted.class_names, class_colors=wanted.class_colors)
-
-
-def may_be_of(path: Path, wanted: Manifest) -> bool:
-    """Whether a file is a tile of a cache like this, of any scene, as far as it can be read."""
-    if not PLACE.fullmatch(path.stem.rpartition("__")[2]):
-        return False
-    stamp = stamp_in(path)
-    return stamp is None or stamp.partition(" ")[0] == wanted.fingerprint
 
 
 def stamp_in(path: Path) -> str | None:
@@ -234,20 +221,26 @@ def _check_tensor(
         raise TileError(f"{name}: {part} does not lie in memory as it is written")
 
 
-def drop_changed(found: Manifest, scenes: dict[str, dict[str, Any]], folder: Path) -> list[str]:
+def drop_changed(
+    found: Manifest, scenes: dict[str, dict[str, Any]], folder: Path,
+    beating: Callable[[list[Path]], Iterable[Path]] = iter,
+) -> list[str]:  # fmt: skip
     """Delete the tiles of scenes that changed since they were cached; return those scenes.
 
     A scene that the manifest does not know may have tiles too: it was taken away and came back. As
-    it was, they are kept.
+    it was, they are kept. beating: gives signs of life while these are looked at.
     """
     now = replace(found, scenes=scenes, complete=False)
     changed = {name for name in scenes if found.scenes.get(name) != scenes[name]}
-    stale = [
+    theirs = [
         path
         for path in folder.glob("*.pt")
-        if scene_of(path.stem) in changed
-        and PLACE.fullmatch(path.stem.rpartition("__")[2])
-        and stamp_in(path) != now.stamp_of(path.stem)
+        if scene_of(path.stem) in changed and PLACE.fullmatch(path.stem.rpartition("__")[2])
+    ]
+    stale = [
+        path
+        for path in beating(theirs)
+        if scene_of(path.stem) in found.scenes or stamp_in(path) != now.stamp_of(path.stem)
     ]
     for path in stale:
         path.unlink()

@@ -35,7 +35,7 @@ from utils.distributed import Runtime
 from utils.footprints import footprints, write_sides
 from utils.locks import HOLDER, LOCK
 from utils.logging import VerbosityLogger
-from utils.manifest import MANIFEST, CacheError, Manifest, read_manifest
+from utils.manifest import COPY, MANIFEST, CacheError, Manifest, read_manifest
 from utils.process import serve_parent
 from utils.splits import Split, audit, split_by_blocks, split_by_lists, split_by_regions
 from utils.turns import Turn
@@ -116,7 +116,7 @@ def some_of(names: Sequence[str], most: int = 3) -> str:
 
 def foreign_files(folder: Path, tiles: Sequence[str]) -> list[str]:
     """What lies in a cache's folder that neither prepare nor training puts there."""
-    own = {f"{name}.pt" for name in tiles} | {MANIFEST, SIDES, LOCK, HOLDER}
+    own = {f"{name}.pt" for name in tiles} | {MANIFEST, COPY, SIDES, LOCK, HOLDER}
     with os.scandir(folder) as entries:
         names = {each.name for each in entries}
     return sorted(name for name in names - own if not NAME.match(name))

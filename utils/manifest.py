@@ -19,7 +19,7 @@ from utils.limits import MEBIBYTE
 from utils.records import has_format, unfit
 from utils.tiling import tiles
 
-MANIFEST = "manifest.json"
+MANIFEST, COPY = "manifest.json", "manifest.copy.json"
 FORMAT = 4
 OVERHEAD = 1 << 13  # bytes of a tile's file beside its tensors: names, checksums, room to align
 LARGEST_MANIFEST = 1024 * MEBIBYTE  # some millions of tiles
@@ -162,10 +162,28 @@ def hash_of(value: Any, length: int) -> str:
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
-    """Write manifest.json, with the checksum of what it says."""
+    """Write manifest.json, with the checksum of what it says; and a copy, which may restore it."""
     content = asdict(manifest)
     text = json.dumps(content | {"checksum": checksum_of(content)}, indent=2)
-    write_artefact(folder / MANIFEST, f"{text}\n".encode())
+    for name in (MANIFEST, COPY):
+        write_artefact(folder / name, f"{text}\n".encode())
+
+
+def restored(folder: Path) -> str:
+    """Write a manifest that is lost or damaged again from its copy; what to say of it, if so."""
+    if not (folder / COPY).is_file():
+        return ""
+    try:
+        read_manifest(folder)
+        return ""
+    except CacheError as error:
+        reason = str(error).partition(";")[0]
+    try:
+        found = read_from(folder / COPY)
+    except CacheError:
+        return ""  # what is said of the manifest itself will do
+    write_manifest(found, folder)
+    return f"{reason}; it is written again from {COPY}"
 
 
 def require_manifest(folder: Path) -> Path:
@@ -180,7 +198,11 @@ def require_manifest(folder: Path) -> Path:
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a cache folder, or an error that says what to do."""
-    path = require_manifest(folder)
+    return read_from(require_manifest(folder))
+
+
+def read_from(path: Path) -> Manifest:
+    """The manifest in a file, once all that it says is as prepare writes it."""
     try:
         content = json.loads(plain_bytes(path, LARGEST_MANIFEST))
         checksum = content.pop("checksum", None)
@@ -196,10 +218,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError(f"entries that mean nothing: {', '.join(odd)}")
         return manifest
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise CacheError(
-            f"{path}: not a manifest ({error}); delete it and run prepare, which keeps tiles that "
-            "were made with the settings it has then"
-        ) from error
+        raise CacheError(f"{path}: not a manifest ({error}); delete {path.parent}") from error
 
 
 def untrue(manifest: Manifest) -> list[str]:

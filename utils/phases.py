@@ -33,10 +33,10 @@ from utils.inference import predict_scenes
 from utils.keeping import best_path, keep_best
 from utils.loading import make_loaders
 from utils.logging import VerbosityLogger
-from utils.manifest import CacheError, Manifest
+from utils.manifest import CacheError, Manifest, restored
 from utils.outputs import check_spaces, scenes_to_map, trained_as
 from utils.pace import settle_cache
-from utils.preflight import check_content
+from utils.preflight import caches_of, check_content
 from utils.prepare import (
     begun_in,
     check_space,
@@ -65,11 +65,19 @@ class Described(NamedTuple):
     weights_hash: str
 
 
-def look_ahead(config: Config) -> None:
-    """Raise the error that a phase of this run would end with, from cheap checks to dear ones."""
-    if config.prepare.enable or config.inference.enable:
-        own_config(config.model)
-    check_content(config)
+def look_ahead(config: Config, run: Runtime, log: VerbosityLogger) -> None:
+    """Raise the error that a phase of this run would end with, from cheap checks to dear ones.
+
+    The first rank looks, and puts manifests right that can be; the others wait for it.
+    """
+    if run.is_main:
+        if config.prepare.enable or config.inference.enable:
+            own_config(config.model)
+        for folder in caches_of(config):
+            if said := restored(folder):
+                log.warning(said)
+        check_content(config)
+    run.wait()
 
 
 def prepare(config: Config, run: Runtime, log: VerbosityLogger) -> None:

@@ -15,7 +15,7 @@ from utils.checkpoint import require_there
 from utils.distributed import Runtime
 from utils.keeping import best_path
 from utils.locks import alone_in
-from utils.manifest import read_manifest, require_manifest
+from utils.manifest import COPY, read_manifest, require_manifest
 from utils.opening import RasterError
 from utils.outputs import check_outputs, in_folder, scenes_to_map
 from utils.scenes import files_of
@@ -34,7 +34,7 @@ def check_paths(config: Config) -> None:
     if config.prepare.enable:
         require_files(config.prepare.raw_images_dir, "paths.raw_images_dir")
         require_files(config.prepare.label_path, "paths.label_path")
-    elif config.train.enable:
+    elif config.train.enable and not (config.train.processed_dir / COPY).is_file():
         require_manifest(config.train.processed_dir)
     for path in lists_of(config) if config.train.enable else ():
         require_list(path)
@@ -76,6 +76,12 @@ def each_of(sources: Path | tuple[Path, ...]) -> tuple[Path, ...]:
     True
     """
     return (sources,) if isinstance(sources, Path) else sources
+
+
+def caches_of(config: Config) -> set[Path]:
+    """The folders of tiles that the enabled phases use."""
+    sections = (config.prepare, config.verify, config.train)
+    return {section.processed_dir for section in sections if section.enable}
 
 
 def lists_of(config: Config) -> list[Path]:

@@ -20,7 +20,6 @@ from utils.cache import (
     claim,
     drop_changed,
     load_tile,
-    tile_names,
     tile_path,
     write_tile,
 )
@@ -230,8 +229,8 @@ def check_space(section: Prepare, sources: Sources, made: Manifest, seed: int) -
     made: the cache that was begun, or is to be; while `dataset.cache: auto` is open, tiles without
     features are counted. Where all would not fit, a look at some tells how many will be kept.
     """
-    folder, there = section.processed_dir, set(tile_names(section.processed_dir, made))
-    work = _work(sources, section.tile_size)
+    folder, work = section.processed_dir, _work(sources, section.tile_size)
+    there = {path.stem for path in folder.glob("*.pt")}  # what is to be made anew is freed first
     left = [item for item in work if f"{item[0].name}__{item[1].name}" not in there]
     count = len(left)
     if count * made.tile_bytes > free_at(folder):
@@ -325,7 +324,7 @@ def _open_cache(
             met = ", ".join(source.path.name for source in labels.sources)
             log.debug(f"prepare: {name}: {shape}, labels from {met}")
     found = replace(claim(wanted, folder), ground_gsd=median(sizes) if sizes else None)
-    for name in drop_changed(found, scenes, folder):
+    for name in drop_changed(found, scenes, folder, run.beating):
         log.info(f"{name}: it or its labels changed since; its tiles are made again")
 
 

@@ -256,7 +256,9 @@ def one_line(error: Exception) -> str:
     >>> one_line(PermissionError(13, "Permission denied", "tiles"))
     'tiles: Permission denied; grant it, or name another place, and run again'
     """
-    if isinstance(error, OSError) and error.filename and error.strerror:
+    named = (getattr(error, name, None) for name in ("filename", "filename2"))
+    places = [os.fsdecode(each) for each in named if isinstance(each, str | bytes | os.PathLike)]
+    if isinstance(error, OSError) and places and error.strerror:
         remedy = OF_SYSTEM.get(errno.errorcode.get(error.errno, ""), "look at that place")
-        return spelt_out(f"{error.filename}: {error.strerror}; {remedy}, and run again")
+        return spelt_out(f"{' -> '.join(places)}: {error.strerror}; {remedy}, and run again")
     return spelt_out(out_of_memory(error) or str(error).strip())
