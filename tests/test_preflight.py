@@ -64,6 +64,7 @@ def test_a_run_whose_paths_are_right_comes_to_every_phase(config, entered):
         (["model.layers=[99]"], 2, "model.layers: found [99]"),
         (["model.backbone=./nowhere"], 4, "nowhere: "),
         (["prepare.enable=false", "verify.enable=false"], 3, "run prepare first"),
+        (["train.processed_dir=copy/elsewhere"], 3, "elsewhere/manifest.json: no such file"),
     ],
 )  # fmt: skip
 def test_a_fault_of_any_phase_ends_the_run_before_the_first(

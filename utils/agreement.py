@@ -37,8 +37,9 @@ def require_cache(config: Config, manifest: Manifest) -> None:
 def stated(config: Config, manifest: Manifest) -> dict[str, Any]:
     """What a configuration says of the fields of a cache's manifest; None where it says nothing.
 
-    `num_classes` and `ignore_index` always say something; other keys with a value for a default
-    only where they are written, and those of prepare only of the cache that they are for.
+    `cache`, `num_classes` and `ignore_index` always say something (as do the views); other keys
+    with a value for a default only where they are written, and those of prepare only of the cache
+    that they are for.
     """
     model, data, section = config.model, config.dataset, config.prepare
     ours = section.processed_dir in (None, config.train.processed_dir)

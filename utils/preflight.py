@@ -34,7 +34,7 @@ def check_paths(config: Config) -> None:
     if config.prepare.enable:
         require_files(config.prepare.raw_images_dir, "paths.raw_images_dir")
         require_files(config.prepare.label_path, "paths.label_path")
-    elif config.train.enable and not (config.train.processed_dir / COPY).is_file():
+    if uses_older_cache(config) and not (config.train.processed_dir / COPY).is_file():
         require_manifest(config.train.processed_dir)
     for path in lists_of(config) if config.train.enable else ():
         require_list(path)
@@ -47,7 +47,7 @@ def check_paths(config: Config) -> None:
 
 def check_content(config: Config) -> None:
     """Raise the error that what is there already will end a phase with: cache, then headers."""
-    if config.train.enable and not config.prepare.enable:
+    if uses_older_cache(config):
         require_cache(config, read_manifest(config.train.processed_dir))
     if config.inference.enable:
         scenes = scenes_to_map(config.inference)
@@ -76,6 +76,12 @@ def each_of(sources: Path | tuple[Path, ...]) -> tuple[Path, ...]:
     True
     """
     return (sources,) if isinstance(sources, Path) else sources
+
+
+def uses_older_cache(config: Config) -> bool:
+    """Whether training is to use tiles that this run does not make."""
+    making = config.prepare.processed_dir if config.prepare.enable else None
+    return config.train.enable and config.train.processed_dir != making
 
 
 def caches_of(config: Config) -> set[Path]:
