@@ -1,10 +1,14 @@
 """What a run says: levels, stamps, the file, one line per message, progress in two ways."""
 
 import io
+import os
 import re
+import signal
+import time
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from utils import logging as module
 from utils.logging import TimedBlock, VerbosityLogger, complain, duration, progress_line, say
@@ -259,3 +263,23 @@ def test_a_log_file_on_a_full_disk_ends_no_run(capsys):
     log.info("a line")
     log.close()
     assert capsys.readouterr().err == "[INFO] a line\n"
+
+
+def test_a_process_that_is_killed_while_it_writes_a_line_stops_no_other(log):
+    """A child of the same parent says its line, though its sister holds the lock for ever."""
+    log.info("before")  # whatever tqdm makes for its lines is there by now
+    held, sister = os.pipe(), os.fork()
+    if sister == 0:
+        tqdm.get_lock().acquire()
+        os.write(held[1], b"x")
+        time.sleep(60)
+        os._exit(0)
+    os.read(held[0], 1)
+    os.kill(sister, signal.SIGKILL)
+    os.waitpid(sister, 0)
+    other = os.fork()
+    if other == 0:
+        signal.alarm(20)
+        log.info("after")
+        os._exit(0)
+    assert os.waitpid(other, 0)[1] == 0

@@ -9,6 +9,7 @@ import errno
 import logging
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator
@@ -25,6 +26,8 @@ Item = TypeVar("Item")
 LEVELS = {"error": logging.ERROR, "info": logging.INFO, "debug": logging.DEBUG}
 SILENT = logging.CRITICAL + 1
 STOPPED = 75  # the exit code of a run that a signal ended
+# tqdm's own lock is one among processes: whoever is killed while holding it would stop the others
+tqdm.set_lock(threading.RLock())
 
 
 def say(text: str = "") -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import project
 import pytest
 from bits import content_of
-from forked import Child, forked, left_of
+from forked import LONGEST, Child, forked, left_of
 from size import figure, sized
 
 from utils.artefacts import NAME
@@ -85,10 +85,17 @@ def stage(tmp_path_factory) -> Callable[[str], Stage]:
     return stages(tmp_path_factory.mktemp("kills"), (190, 250), KEYS, slice(None, None, 3))
 
 
+def wait_for(child: Child, phase: str) -> None:
+    """Wait until a child says that a phase began."""
+    deadline = time.monotonic() + LONGEST
+    while f"{phase}: started" not in child.said:
+        assert child.code is None and time.monotonic() < deadline, child.said
+        time.sleep(0.001)
+
+
 def seconds_of(child: Child, phase: str) -> float:
     """How long a child that is not disturbed takes for the phase."""
-    while f"{phase}: started" not in child.said:
-        time.sleep(0.001)
+    wait_for(child, phase)
     start = time.monotonic()
     assert child.wait() == END.get(phase, 0), child.said
     return time.monotonic() - start
@@ -97,8 +104,7 @@ def seconds_of(child: Child, phase: str) -> float:
 def killed_inside(stage: Stage, after: float) -> bool:
     """Start the phase in a child, kill it so many seconds into it; whether it was not over yet."""
     child = Child(stage.run)
-    while f"{stage.phase}: started" not in child.said:
-        time.sleep(0.001)
+    wait_for(child, stage.phase)
     time.sleep(after)
     child.kill()
     code = child.wait()
