@@ -68,16 +68,16 @@ class Described(NamedTuple):
 def look_ahead(config: Config, run: Runtime, log: VerbosityLogger) -> None:
     """Raise the error that a phase of this run would end with, from cheap checks to dear ones.
 
-    The first rank looks, and puts manifests right that can be; the others wait for it.
+    The first rank looks, and puts manifests right that can be, before any rank reads them.
     """
+    for folder in caches_of(config) if run.is_main else ():
+        if said := restored(folder):
+            log.warning(said)
+    run.wait()
     if run.is_main:
         if config.prepare.enable or config.inference.enable:
             own_config(config.model)
-        for folder in caches_of(config):
-            if said := restored(folder):
-                log.warning(said)
         check_content(config)
-    run.wait()
 
 
 def prepare(config: Config, run: Runtime, log: VerbosityLogger) -> None:
