@@ -83,8 +83,9 @@ def guarded(config: Config) -> int:
             log = VerbosityLogger(section.level, section.timestamps, section.file, silent=rank > 0)
         except OSError as error:
             code, said = ending_of(error)
-            complain(f"error: {said} (logging.file)")
-            status(code, f"{said} (logging.file)")
+            said = f"{said} (logging.file)"
+            complain(f"error: {said}")
+            status(code, said)
             return code
         status(None, "")
         code, said = outcome_of(config, log)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import project
 import pytest
 import test_engine
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -22,7 +24,8 @@ from utils.devices import (
     DeviceError,
     device_reason,
 )
-from utils.distributed import LaunchError, PeerError, Runtime, distributed
+from utils.distributed import LaunchError, PeerError, Runtime, distributed, told
+from utils.process import STOP, StoppedError
 from utils.raster import read_whole
 
 CPU = torch.device("cpu")
@@ -466,3 +469,12 @@ def test_bugs_of_ours_are_not_taken_for_a_lost_peer(monkeypatch):
         assert run == Runtime()
         raise RuntimeError("a bug")
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(("parent", "kind"), [(os.getppid(), PeerError), (-1, StoppedError)])
+def test_a_rank_whose_torchrun_is_gone_is_stopped_not_without_a_peer(monkeypatch, parent, kind):
+    """What it lost is torchrun's store, which may be told before the parent is missed."""
+    monkeypatch.setattr(STOP, "parent", parent)
+    lost_store = dist.DistNetworkError("failed to recv, got 0 bytes")
+    assert type(told(lost_store, None, 30)) is kind
+    assert type(told(PeerError("no sign of life"), None, 30)) is kind

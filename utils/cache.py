@@ -65,16 +65,15 @@ def claim(wanted: Manifest, folder: Path) -> Manifest:
     return replace(found, class_names=wanted.class_names, class_colors=wanted.class_colors)
 
 
-def stamp_in(path: Path) -> str | None:
-    """The stamp of a tile's file; None where it cannot be loaded."""
+def stamp_in(path: Path) -> Any:
+    """The stamp of a tile's file; None where it has none, or cannot be loaded."""
     if not path.is_file():
         return None
     try:
         content = load_tile(path, mmap=True)
     except TileError:
         return None
-    found = content.get(STAMP, "") if isinstance(content, dict) else ""
-    return found if isinstance(found, str) else ""
+    return content.get(STAMP) if isinstance(content, dict) else None
 
 
 def tile_path(folder: Path, name: str) -> Path:

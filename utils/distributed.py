@@ -323,7 +323,7 @@ def told(error: Exception, pulse: Pulse | None, minutes: float) -> Exception:
         rank, code = word
         reason = f"rank {rank} failed with exit code {code}; its own line says why"
         return PeerError(reason, code, everywhere=True)
-    if stopped or STOP.asked:
+    if stopped or STOP.asked or STOP.orphaned:  # the lost exchange may be told first
         return StoppedError()
     if isinstance(error, PeerError):
         return error

@@ -7,7 +7,7 @@ written again where it is not of this training.
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from utils.resume import Progress, Resume, StateError
 from utils.step import Step
 
 Save = Callable[[nn.Module, int, Score], Path]
+OF_CACHE = {field.name for field in fields(Checkpoint)} & {field.name for field in fields(Manifest)}
 
 
 class Keeper:
@@ -144,28 +145,8 @@ def keep_best(path: Path, head_name: str, manifest: Manifest, config_text: str) 
     def save(head: nn.Module, epoch: int, score: Score) -> Path:
         checkpoint = Checkpoint(
             head=head_name,
-            num_classes=manifest.num_classes,
-            channels=manifest.channels,
             levels=len(manifest.layers),
-            backbone=manifest.backbone,
-            backbone_hash=manifest.backbone_hash,
-            layers=manifest.layers,
-            norm=manifest.norm,
-            image_mean=manifest.image_mean,
-            image_std=manifest.image_std,
-            patch_size=manifest.patch_size,
-            tile_size=manifest.tile_size,
-            precision=manifest.precision,
-            feature_dtype=manifest.feature_dtype,
-            bands=manifest.bands,
-            rgb=manifest.rgb,
-            ranges=manifest.ranges,
-            nodata=manifest.nodata,
-            gsd=manifest.gsd,
-            ground_gsd=manifest.ground_gsd,
-            class_names=manifest.class_names,
-            class_colors=manifest.class_colors,
-            ignore_index=manifest.ignore_index,
+            **{name: getattr(manifest, name) for name in OF_CACHE},
             epoch=epoch,
             metrics={
                 "loss": score.loss,

@@ -84,6 +84,12 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked = False
+        self.parent: int | None = None  # the number of the torchrun that started this rank
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether the torchrun that started this rank is gone, and its store with it."""
+        return self.parent is not None and os.getppid() != self.parent
 
     def ask(self, number: int, _: object) -> None:
         """Handle a signal: remember it; a second Ctrl-C ends the process at once."""
@@ -117,10 +123,12 @@ def stoppable() -> Iterator[None]:
     before = {number: signal.signal(number, STOP.ask) for number in SIGNALS}
     launched = "RANK" in os.environ
     if launched:
-        in_thread(lambda: (outlive(os.getppid()), STOP.ask(signal.SIGTERM, None)))
+        STOP.parent = parent = os.getppid()
+        in_thread(lambda: (outlive(parent), STOP.ask(signal.SIGTERM, None)))
     try:
         yield
     finally:
+        STOP.parent = None
         for number, handler in before.items():
             deaf = number == signal.SIGTERM and launched
             signal.signal(number, signal.SIG_IGN if deaf else handler)
