@@ -13,7 +13,16 @@ from statistics import median
 
 import torch
 
-from benchmarks.meter import MB, alternate, apart, best_batch, growth_of_pace, seconds_of, slope
+from benchmarks.meter import (
+    MB,
+    alternate,
+    apart,
+    best_batch,
+    growth_of_pace,
+    least_peak,
+    seconds_of,
+    slope,
+)
 from benchmarks.rows import Row
 from benchmarks.scenes import pixels
 from benchmarks.workload import (
@@ -33,7 +42,7 @@ from benchmarks.workload import (
 from utils.tiling import stride_of
 
 SMALL, MIDDLE, LARGE = 1024, 4096, 10240
-NOISE = 8  # MB by which the peaks of two equal runs differ
+NOISE = 8  # MB by which the lowest peaks of equal runs may differ
 
 
 def forward_rows(folder: Path, name: str, runs: int) -> list[Row]:
@@ -81,8 +90,7 @@ def memory_rows(folder: Path, name: str, runs: int) -> list[Row]:
     path = write_project(folder, name)
 
     def peak(height: int, width: int) -> float:
-        rasters = write_rasters(folder, height, width)
-        return min(apart(null_map, path, rasters).peak for _ in range(2)) / MB
+        return least_peak(null_map, path, write_rasters(folder, height, width))
 
     square = peak(LARGE, LARGE) - peak(MIDDLE, MIDDLE)
     tall = peak(2 * LARGE, MIDDLE) - peak(LARGE, MIDDLE)  # GDAL's cache of blocks is full in both

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 Result = TypeVar("Result")
 MB = 1e6
+PEAKS = 5  # runs of which the lowest peak counts: equal ones differ by 20 MB
 
 
 def cpu_seconds() -> float:
@@ -141,6 +142,14 @@ def apart(call: Callable[..., Result], *arguments: Any) -> Result:
     """A module's function called in a new process: its memory is its own."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(call, *arguments).result()
+
+
+def least_peak(phase: Callable[..., Spent], path: Path, rasters: Sequence[str]) -> float:
+    """The lowest peak of equal runs in MB: how threads happen to meet is not in it.
+
+    rasters: overrides for the scene; each run is a new process.
+    """
+    return min(apart(phase, path, rasters).peak for _ in range(PEAKS)) / MB
 
 
 def growth_of_pace(

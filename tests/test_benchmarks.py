@@ -4,6 +4,7 @@ import doctest
 import importlib
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import rasterio
@@ -62,6 +63,12 @@ def test_the_growth_of_pace_is_a_ratio_of_medians(monkeypatch):
     assert meter.growth_of_pace(3, None, Path(), ("small", "large")) == 5.5 / 5.0
 
 
+def test_the_lowest_of_some_peaks_counts(monkeypatch):
+    peaks = iter([9e6, 7e6, 8e6, 9e6, 10e6])
+    monkeypatch.setattr(meter, "apart", lambda *_: SimpleNamespace(peak=next(peaks)))
+    assert meter.least_peak(None, Path(), ()) == 7.0
+
+
 def test_the_script_of_the_gpu_runs_on_a_cpu_too(monkeypatch):
     """Whatever the device, the phases are called as they are now; nothing is compiled here."""
     monkeypatch.setattr(torch, "compile", lambda network, **_: network)
@@ -76,6 +83,14 @@ def test_bf16_is_timed_only_where_the_processor_multiplies_it(monkeypatch, nativ
     monkeypatch.setattr("benchmarks.head.has_bf16", lambda device: native)
     monkeypatch.setattr("benchmarks.head.alternate", lambda *_: (6.0, 2.0))
     assert [row.measured for row in head.measure(tiles=1)][1:] == [3.0] * native
+
+
+@pytest.mark.parametrize(("matrices", "limit"), [(True, 3), (False, 2)])
+def test_what_bf16_has_to_gain_follows_the_processor(monkeypatch, matrices, limit):
+    monkeypatch.setattr("benchmarks.head.has_bf16", lambda device: True)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": matrices})
+    monkeypatch.setattr("benchmarks.head.alternate", lambda *_: (6.0, 2.0))
+    assert head.measure(tiles=1)[-1].limit == limit
 
 
 def test_without_a_gpu_its_script_says_so_in_one_line(monkeypatch, capsys):
