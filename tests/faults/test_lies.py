@@ -20,7 +20,7 @@ import torch
 from forked import Child, forked
 from size import figure, sized
 
-from utils.manifest import MANIFEST, checksum_of
+from utils.manifest import COPY, MANIFEST, checksum_of
 
 LONGEST = 60  # seconds that a run may take
 KNOWN = {0, 2, 3, 4, 5}
@@ -100,7 +100,7 @@ def make(folder: Path) -> int:
 def work(folder: Path, first: int, count: int, seed: int, journal: Path) -> int:
     """Lie from number `first` on; the odd ones out are noted."""
     config, liars = folder / "config.yml", liars_of(folder)
-    state = folder / "weights" / "linear_last.pth"
+    state, spare = folder / "weights" / "linear_last.pth", folder / "cache" / COPY
     kept = {path: path.read_bytes() for _, path, *_ in liars}
     with journal.open("a", encoding="utf-8") as file:
         for number in range(first, count):
@@ -115,6 +115,7 @@ def work(folder: Path, first: int, count: int, seed: int, journal: Path) -> int:
                 continue
             if phase == "train" and name == "manifest":
                 state.unlink()
+            spare.unlink(missing_ok=True)  # the manifest would be healed by it
             file.write(json.dumps([number, "begun", f"{name}, {phase}: {lie}"]) + "\n")
             file.flush()
             signal.alarm(LONGEST)
