@@ -85,14 +85,6 @@ def test_bf16_is_timed_only_where_the_processor_multiplies_it(monkeypatch, nativ
     assert [row.measured for row in head.measure(tiles=1)][1:] == [3.0] * native
 
 
-@pytest.mark.parametrize(("matrices", "limit"), [(True, 3), (False, 2)])
-def test_what_bf16_has_to_gain_follows_the_processor(monkeypatch, matrices, limit):
-    monkeypatch.setattr("benchmarks.head.has_bf16", lambda device: True)
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": matrices})
-    monkeypatch.setattr("benchmarks.head.alternate", lambda *_: (6.0, 2.0))
-    assert head.measure(tiles=1)[-1].limit == limit
-
-
 def test_without_a_gpu_its_script_says_so_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert gpu.main([]) == 4
