@@ -415,7 +415,8 @@ def explain(name: str, error: BaseException) -> str:
             f"run `hf auth login` if it is yours, {others}"
         )
     reason = " ".join(str(error).split())[:200]
-    return f"{name}: cannot be loaded ({type(error).__name__}: {reason})"
+    found = f"{type(error).__name__}: {reason}"
+    return f"{name}: cannot be loaded ({found}); mend that or download it again"
 
 
 def write_random_backbone(folder: Path, seed: int, **sizes: Any) -> None:

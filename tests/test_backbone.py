@@ -464,6 +464,7 @@ def test_a_damaged_or_unsafe_folder_is_refused_in_one_line(copied, damage, monke
         build(copied)
     assert caught.value.exit_code == 4
     assert str(caught.value).startswith(f"{copied}: cannot be loaded (")
+    assert str(caught.value).endswith("download it again")
     assert "\n" not in str(caught.value)
     assert not (copied / "ran").exists()
 
