@@ -13,7 +13,7 @@ test: .venv/dev.stamp
 	$(PYTEST)
 
 faults: .venv/dev.stamp
-	DINOV3SEG_FAULTS=whole $(PYTEST) tests/faults
+	DINOV3SEG_FAULTS=whole $(PYTEST) -o faulthandler_timeout=7200 tests/faults
 
 lint: .venv/dev.stamp
 	.venv/bin/ruff check .

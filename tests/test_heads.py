@@ -258,6 +258,7 @@ def test_gradients_are_the_same_under_ddp(name, tmp_path):
     try:
         model = DistributedDataParallel(head)
         found = gradients(head, all_logits(model(*inputs)))
+        del model  # a group that a DDP module lets go of last may wait for its threads for ever
     finally:
         dist.destroy_process_group()
     for key, gradient in found.items():

@@ -4,6 +4,7 @@ Most are children of the test, which ends them as torchrun does; in the whole si
 by torchrun itself.
 """
 
+import gc
 import json
 import math
 import os
@@ -23,7 +24,9 @@ from bits import content_of, told
 from forked import Child, left_of
 from ranks import GLOO, Ranks, ended
 from size import figure, sized
+from torch.nn.parallel import DistributedDataParallel
 
+from utils import distributed
 from utils.divergence import tensors_in
 from utils.step import Step
 
@@ -41,8 +44,7 @@ class Trial:
         project.write_project(self.work, 190, 250, inference={"enable": False}, **KEYS)
         shutil.copytree(self.work, self.kept)
         ranks = self.start(1)
-        while "train: started" not in ranks[0].said:
-            time.sleep(0.001)
+        wait_for(lambda: "train: started" in ranks[0].said)
         begun = time.monotonic()
         assert ended(ranks) == [0, 0], ranks[0].said
         self.seconds = time.monotonic() - begun  # of training
@@ -269,3 +271,25 @@ def test_what_is_no_number_on_one_rank_ends_both_with_one_line_and_its_tiles(tri
     assert trial.status()["message"] in line
     for path in trial.work.glob("weights/*.pth"):
         assert all(torch.isfinite(each).all() for each in tensors_in(torch.load(path)))
+
+
+class Groups(list):
+    """Process groups that are let go of when no DDP module can hold one for longer."""
+
+    def clear(self) -> None:
+        held = [each for each in gc.get_objects() if type(each) is DistributedDataParallel]
+        assert not held
+        super().clear()
+
+
+def test_no_ddp_module_is_left_when_its_group_is(trial):
+    trial.renew()
+
+    def run() -> int:
+        gc.disable()  # a module in a circle would be there until Python looks for such
+        distributed.GROUPS = Groups()
+        code = project.run(trial.work / "config.yml", *GLOO, "train.epochs=1")
+        return 2 if distributed.GROUPS else code
+
+    ranks = Ranks(run)
+    assert ended(ranks) == [0, 0], ranks[0].said + ranks[1].said
