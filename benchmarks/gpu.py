@@ -40,7 +40,7 @@ from benchmarks.workload import (
 from models.backbone import DinoBackbone
 from utils.devices import no_cuda
 from utils.logging import complain
-from utils.prepare import find_sources
+from utils.sources import find_sources
 
 SIDE = 8192  # pixels: 256 tiles, 441 windows
 BATCHES = (1, 2, 4, 8, 16, 32, 64)

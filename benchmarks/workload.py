@@ -42,10 +42,11 @@ from utils.loading import Loader, make_loaders
 from utils.logging import VerbosityLogger
 from utils.manifest import Manifest, read_manifest
 from utils.maps import default_legend
-from utils.prepare import Sources, describe_cache, encode_on, find_sources, prepare
+from utils.prepare import encode_on, prepare
 from utils.process import set_environment
 from utils.raster import Reading
 from utils.scenes import find_scenes
+from utils.sources import Sources, describe_cache, find_sources
 from utils.splits import Split
 
 TILE = 512

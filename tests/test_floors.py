@@ -31,11 +31,11 @@ FLOORS = [
         "utils.splits", "utils.regions", "utils.block_cache", "models.backbone", "models",
     },
     {
-        "utils.labels", "utils.data", "utils.checkpoint", "utils.polygons", "utils.products",
-        "utils.pace", "utils.resume", "models.segmenter",
+        "utils.label_rasters", "utils.data", "utils.checkpoint", "utils.polygons",
+        "utils.products", "utils.pace", "utils.resume", "models.segmenter",
     },
-    {"utils.divergence", "utils.loading", "utils.agreement", "utils.outputs"},
-    {"utils.step"},
+    {"utils.labels", "utils.divergence", "utils.loading", "utils.agreement", "utils.outputs"},
+    {"utils.sources", "utils.step"},
     {"utils.keeping"},
     {"utils.prepare", "utils.engine", "utils.inference"},
     {"utils.preflight"},
@@ -45,12 +45,12 @@ FLOORS = [
 JOINING = {"main", "utils.phases", "utils.demo"}  # the programs: they know models and utils
 DOORS = {
     "rasterio": {
-        "utils.grids", "utils.opening", "utils.raster", "utils.labels", "utils.vectors",
+        "utils.grids", "utils.opening", "utils.raster", "utils.label_rasters", "utils.vectors",
         "utils.burning", "utils.footprints", "utils.maps", "utils.ground", "utils.polygons",
         "utils.warping",
     },
     "shapely": {
-        "utils.grids", "utils.labels", "utils.vectors", "utils.burning", "utils.footprints",
+        "utils.grids", "utils.label_rasters", "utils.vectors", "utils.burning", "utils.footprints",
         "utils.blocks", "utils.splits", "utils.ground", "utils.polygons",
     },
     "pyogrio": {"utils.vectors", "utils.polygons"},

@@ -26,13 +26,12 @@ from shapely.geometry import MultiPolygon, Polygon, box, mapping
 from config import Dataset
 from utils import warping
 from utils.grids import Grid
+from utils.label_rasters import nodata_class
 from utils.label_values import HOLE, LabelRules, ids_by_table, label_rules
 from utils.labels import (
     check_values,
     find_labels,
     labels_identity,
-    nearby_unlisted,
-    nodata_class,
     open_labels,
     without_borders,
 )
@@ -121,7 +120,7 @@ def nearby(label: Path, scene_path: Path) -> set[int]:
     """All values around a scene that are not IGNORE, whatever they mean."""
     nothing = LabelRules(2, {})
     with open_scene(scene_path) as scene, open_labels([label], scene, nothing) as labels:
-        return nearby_unlisted(labels.sources[0], scene)
+        return labels.sources[0].unlisted_around(scene.grid)
 
 
 @pytest.mark.parametrize("case", CASES)

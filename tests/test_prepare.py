@@ -26,17 +26,9 @@ from utils.grids import ground_gsd
 from utils.logging import VerbosityLogger
 from utils.manifest import CacheError, Manifest, read_manifest, write_manifest
 from utils.opening import RasterError
-from utils.prepare import (
-    Encode,
-    begun_in,
-    cached_ranges,
-    describe_cache,
-    encode_on,
-    fate_of,
-    find_sources,
-    prepare,
-)
+from utils.prepare import Encode, encode_on, fate_of, prepare
 from utils.raster import open_scene
+from utils.sources import begun_in, cached_ranges, describe_cache, find_sources
 from utils.tiling import Tile, repeated, tiles
 
 CPU, SIZE, IGNORE = torch.device("cpu"), 32, 255

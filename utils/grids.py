@@ -95,3 +95,17 @@ def ground_gsd(grid: Grid) -> float:
     east, north = transform(grid.crs, local, *zip(*points, strict=True))
     sides = np.hypot(np.subtract(east[1:], east[0]), np.subtract(north[1:], north[0]))
     return float(np.sqrt(sides.prod()))
+
+
+def extent_of(grid: Grid) -> str:
+    """A grid's bounds in degrees, so that two CRSs can be compared at a glance."""
+    return extent_of_outline(grid.footprint(), grid.crs)
+
+
+def extent_of_outline(outline: Polygon, crs: CRS) -> str:
+    """A polygon's bounds in degrees; in its own units where it reaches past the Earth's rim."""
+    with contextlib.suppress(*NO_PLACE):
+        west, south, east, north = warp_outline(outline, crs, CRS.from_epsg(4326)).bounds
+        return f"{west:.5f}..{east:.5f} E, {south:.5f}..{north:.5f} N"
+    left, bottom, right, top = outline.bounds
+    return f"{left:.7g}..{right:.7g}, {bottom:.7g}..{top:.7g} in its own CRS"

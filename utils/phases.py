@@ -37,17 +37,11 @@ from utils.manifest import CacheError, Manifest, restored
 from utils.outputs import check_spaces, scenes_to_map, trained_as
 from utils.pace import settle_cache
 from utils.preflight import caches_of, check_content
-from utils.prepare import (
-    begun_in,
-    check_space,
-    count_tiles,
-    describe_cache,
-    encode_on,
-    find_sources,
-)
+from utils.prepare import check_space, encode_on
 from utils.prepare import prepare as cache_tiles
 from utils.quantize import HALF, rounding
 from utils.resume import Resume, identity_of, last_path
+from utils.sources import begun_in, count_tiles, describe_cache, find_sources
 from utils.step import Encode
 
 Phase = Callable[[Config, Runtime, VerbosityLogger], None]

@@ -4,16 +4,16 @@ import contextlib
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from config import Config, ConfigError, Prepare
+from config import Prepare
 from utils.cache import (
     TileError,
     check_layout,
@@ -23,30 +23,22 @@ from utils.cache import (
     tile_path,
     write_tile,
 )
-from utils.devices import download, most_at_once, precision_of, upload
+from utils.devices import download, most_at_once, upload
 from utils.distributed import Runtime
 from utils.grids import ground_gsd
-from utils.label_values import LabelRules, label_rules
-from utils.labels import (
-    Labels,
-    check_values,
-    find_labels,
-    labels_identity,
-    nodata_class,
-    open_labels,
-)
+from utils.label_rasters import nodata_class
+from utils.labels import Labels, check_values, labels_identity, open_labels
 from utils.logging import VerbosityLogger
-from utils.manifest import MANIFEST, CacheError, Manifest, read_manifest, scene_of, write_manifest
-from utils.maps import legend_of
-from utils.opening import RasterError
+from utils.manifest import CacheError, Manifest, read_manifest, scene_of, write_manifest
 from utils.quantize import HALF, as_cached
-from utils.raster import Reading, Scene, open_scene
+from utils.raster import Scene, open_scene
 from utils.sampling import class_counts
-from utils.scenes import SceneFile, band_ranges, default_bands, find_scenes
+from utils.scenes import SceneFile
+from utils.sources import Sources, work_of
 from utils.space import Need, free_at, require_space
 from utils.streaming import ahead, behind
 from utils.tiling import Tile, batched, repeated, tiles
-from utils.turns import Turn, first_turns
+from utils.turns import Turn
 
 Encode = Callable[[np.ndarray], Mapping[str, Tensor]]
 WAITING = 1  # batches of features that wait for the thread that writes
@@ -73,17 +65,6 @@ class ReadTile(NamedTuple):
     label: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Sources:
-    """The files a cache is made of, and how they are read."""
-
-    scenes: list[SceneFile]
-    skipped: list[tuple[Path, str]]
-    labels: list[Path]
-    reading: Reading
-    rules: LabelRules
-
-
 class Tally:
     """What became of this rank's tiles: pixels per class of each kept one, and how many of what."""
 
@@ -103,95 +84,6 @@ class Tally:
         self.fates = sum((other.fates for other in others), Counter())
 
 
-def find_sources(config: Config) -> Sources:
-    """Look for scenes and labels, and settle how pixels are read."""
-    section, dataset = config.prepare, config.dataset
-    labels = find_labels(section.label_path)
-    found, skipped = find_scenes(section.raw_images_dir)
-    known = {path.resolve() for path in labels}
-    scenes = [scene for scene in found if scene.path.resolve() not in known]
-    if not scenes:
-        given = section.raw_images_dir
-        named = ", ".join(map(str, [given] if isinstance(given, Path) else given))
-        raise RasterError(f"{named}: holds no raster (paths.raw_images_dir)")
-    paths = [scene.path for scene in scenes]
-    bands = dataset.bands or default_bands(paths[0])
-    begun = begun_in(section.processed_dir)
-    ranges = cached_ranges(begun, bands) if dataset.input_range == "auto" else None
-    if ranges is None:
-        ranges = band_ranges(paths, bands, dataset.input_range, dataset.nodata)
-    reading = Reading(bands, ranges, dataset.nodata, dataset.gsd)
-    return Sources(scenes, skipped, labels, reading, label_rules(dataset, config.model.num_classes))
-
-
-def begun_in(folder: Path) -> Manifest | None:
-    """What the cache is that was begun in a folder, which `auto` goes on with; None if none was."""
-    return read_manifest(folder) if (folder / MANIFEST).exists() else None
-
-
-def cached_ranges(
-    begun: Manifest | None, bands: tuple[int, ...]
-) -> tuple[tuple[float, float], ...] | None:
-    """The ranges that `auto` found when a cache was begun: scenes added later do not move them."""
-    if begun is None or not begun.auto_range or begun.bands != list(bands):
-        return None
-    return tuple((low, high) for low, high in begun.ranges)
-
-
-def describe_cache(
-    config: Config, sources: Sources, backbone: Any, device: torch.device
-) -> Manifest:
-    """What this run's cache is to be, from its settings and the backbone's spec and hash.
-
-    Where the configuration says `auto`, a cache that was begun in the folder decides.
-    """
-    spec, section, reading = backbone.spec, config.prepare, sources.reading
-    means, begun = config.dataset.augmentations, begun_in(section.processed_dir)
-    kind, precision = config.dataset.cache, precision_of(config.resources.precision, device)
-    if begun and kind == "auto":
-        kind = begun.cache
-    if begun and config.resources.precision == "auto":
-        precision = begun.precision
-    if section.tile_size % spec.patch_size:
-        raise ConfigError(
-            [
-                f"prepare.tile_size: found {section.tile_size}, expected a multiple of "
-                f"{spec.patch_size}, the patch size of {spec.name}"
-            ]
-        )
-    legend = legend_of(config.dataset.classes, config.model.num_classes)
-    filters = section.model_dump(include={"min_valid", "min_labeled", "background_keep"})
-    if section.background_keep < 1:
-        filters["seed"] = config.resources.seed  # it chooses which are kept
-    return Manifest(
-        backbone=spec.name,
-        backbone_hash=backbone.weights_hash,
-        layers=list(spec.layers),
-        norm=spec.norm,
-        channels=spec.channels,
-        patch_size=spec.patch_size,
-        image_mean=list(spec.image_mean),
-        image_std=list(spec.image_std),
-        bands=list(reading.bands),
-        rgb=list(spec.rgb),
-        ranges=[list(pair) for pair in reading.ranges],
-        auto_range=config.dataset.input_range == "auto",
-        nodata=reading.nodata,
-        gsd=reading.gsd,
-        precision=precision,
-        tile_size=section.tile_size,
-        feature_dtype=section.feature_dtype,
-        cache=kind,
-        views=first_turns(config.train.augment_views, means.hflip, means.vflip, means.rotate90),
-        num_classes=config.model.num_classes,
-        ignore_index=config.dataset.ignore_index,
-        label_rules=asdict(sources.rules),
-        filters=filters,
-        class_names=list(legend.names),
-        class_colors=[list(color) for color in legend.colors],
-    )
-
-
 def prepare(
     section: Prepare, sources: Sources, wanted: Manifest, encode: Encode, seed: int, run: Runtime,
     log: VerbosityLogger,
@@ -206,7 +98,7 @@ def prepare(
         _open_cache(folder, sources, wanted, run, log)
     run.wait()
     made = read_manifest(folder)  # as the first rank claimed it: stamps need the scenes
-    work = list(_work(sources, section.tile_size))[run.rank :: run.world_size]
+    work = list(work_of(sources, section.tile_size))[run.rank :: run.world_size]
     tally = Tally()
     with contextlib.ExitStack() as stack:
         readers = [TileReader(sources, section, made, seed) for _ in range(section.readers)]
@@ -229,7 +121,7 @@ def check_space(section: Prepare, sources: Sources, made: Manifest, seed: int) -
     made: the cache that was begun, or is to be; while `dataset.cache: auto` is open, tiles without
     features are counted. Where all would not fit, a look at some tells how many will be kept.
     """
-    folder, work = section.processed_dir, _work(sources, section.tile_size)
+    folder, work = section.processed_dir, work_of(sources, section.tile_size)
     there = {path.stem for path in folder.glob("*.pt")}  # what is to be made anew is freed first
     left = [item for item in work if f"{item[0].name}__{item[1].name}" not in there]
     count = len(left)
@@ -282,20 +174,6 @@ def encode_on(device: torch.device, wanted: Manifest, backbone: torch.nn.Module)
         return as_cached(whole.permute(0, 1, 4, 2, 3), wanted.feature_dtype)
 
     return encode
-
-
-def _work(sources: Sources, size: int) -> Iterator[tuple[SceneFile, Tile]]:
-    """Every tile of every scene, in order."""
-    for file in sources.scenes:
-        with open_scene(file.path, sources.reading, file.name) as scene:
-            grid = scene.grid
-        for tile in tiles(grid.height, grid.width, size):
-            yield file, tile
-
-
-def count_tiles(sources: Sources, size: int) -> int:
-    """How many tiles all scenes have, labelled or not."""
-    return sum(1 for _ in _work(sources, size))
 
 
 def _open_cache(
