@@ -13,6 +13,7 @@ memory, permission), 5 training diverged, 75 stopped by a signal (run again), 1 
 """
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -150,7 +151,10 @@ def enter(phase: "Phase", config: Config, run: "Runtime", log: VerbosityLogger) 
 def start() -> None:
     """Run the command line and leave; ranks without the interpreter's own end, in which threads of
     torch's may abort it.
+
+    Garbage is looked for from the first phase's work on (`utils.process.collect_from_now`).
     """
+    gc.disable()
     try:
         code = main()
     except KeyboardInterrupt:  # before the run has handlers of its own

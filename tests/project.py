@@ -25,6 +25,7 @@ from utils.grids import Grid, north_up
 from utils.manifest import Manifest, read_manifest
 from utils.raster import write_raster
 
+PHASES = ("prepare", "verify", "train", "inference")
 ROOT = Path(main.__file__).resolve().parent
 CRS, GSD, NORTH, WEST = "EPSG:32633", 0.5, 5326000, 412000
 IGNORE, CLASSES, TILE = 255, 3, 64
@@ -114,6 +115,11 @@ def write_project(
     path = folder / "config.yml"
     path.write_text(yaml.safe_dump(merged(SETTINGS, changes), sort_keys=False), encoding="utf-8")
     return path
+
+
+def only(phase: str) -> list[str]:
+    """Settings that leave one phase."""
+    return [f"{each}.enable={str(each == phase).lower()}" for each in PHASES]
 
 
 def run(config: Path, *settings: str) -> int:

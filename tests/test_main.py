@@ -1,6 +1,7 @@
 """The program: YAML in, GeoTIFF out; each kind of trouble one line and its own exit code."""
 
 import contextlib
+import gc
 import json
 import os
 import re
@@ -31,8 +32,7 @@ from utils.opening import open_raster
 from utils.process import StoppedError
 from utils.raster import read_whole
 
-ONLY_TRAIN = ("prepare.enable=false", "verify.enable=false", "inference.enable=false")
-ONLY_INFERENCE = ("prepare.enable=false", "verify.enable=false", "train.enable=false")
+ONLY_TRAIN, ONLY_INFERENCE = project.only("train"), project.only("inference")
 ANEW = "train.resume=never"
 UNTIL_TRAIN = ("train.enable=false", "inference.enable=false")
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
@@ -40,13 +40,15 @@ without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machin
 
 @pytest.fixture(autouse=True)
 def _same_process_after(monkeypatch):
-    """What main sets for its process (thread count, SIGTERM) is as before after each test."""
+    """What main sets for its process (threads, SIGTERM, garbage) is as before after each test."""
     monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
     for name in project.LAUNCHER:
         monkeypatch.delenv(name, raising=False)
     handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
     torch.set_num_threads(1)
     yield
+    gc.enable()
+    gc.unfreeze()
     torch.set_num_threads(threads)
     signal.signal(signal.SIGTERM, handler)
 
@@ -267,6 +269,28 @@ def test_only_the_first_rank_maps(copy, monkeypatch):
     (copy.parent / "map.tif").unlink()
     assert project.run(copy, *ONLY_INFERENCE) == 0
     assert not (copy.parent / "map.tif").exists()
+
+
+@pytest.mark.parametrize(
+    ("phase", "work"),
+    [("prepare", "cache_tiles"), ("verify", "check_tiles"), ("train", "fit"),
+     ("inference", "predict_scenes")],
+)  # fmt: skip
+def test_garbage_is_looked_for_when_work_begins_but_not_among_what_is_there(
+    copy, monkeypatch, phase, work
+):
+    found, call = [], getattr(phases, work)
+
+    def looked_at(*arguments):
+        found.append((gc.isenabled(), gc.get_freeze_count() > 10_000))
+        return call(*arguments)
+
+    monkeypatch.setattr(phases, work, looked_at)
+    settings = [part for each in (*project.only(phase), ANEW) for part in ("--set", each)]
+    monkeypatch.setattr("sys.argv", ["main.py", str(copy), *settings])
+    with pytest.raises(SystemExit, match="0"):
+        main.start()
+    assert found == [(True, True)]
 
 
 def test_the_group_of_ranks_is_left_before_a_scene_is_mapped(copy, monkeypatch):

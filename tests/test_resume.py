@@ -16,7 +16,7 @@ from utils.process import STOP
 from utils.resume import Progress, Resume, before, content_of, last_path, load
 from utils.step import Step
 
-ONLY_TRAIN = ("prepare.enable=false", "verify.enable=false", "inference.enable=false")
+ONLY_TRAIN = project.only("train")
 SHAPE = {"batch_size": 2, "epochs": 2, "checkpoint_minutes": 1000.0}
 
 

@@ -10,11 +10,6 @@ from utils.manifest import read_manifest
 from utils.space import Need, SpaceError, bytes_below, free_at, require_space
 
 Usage = namedtuple("Usage", "total used free")
-ONLY = {
-    phase: [f"{other}.enable=false" for other in ("prepare", "verify", "train", "inference")
-            if other != phase]
-    for phase in ("prepare", "train", "inference")
-}  # fmt: skip
 
 
 @pytest.fixture
@@ -79,13 +74,13 @@ def test_each_phase_ends_with_4_before_it_writes_and_goes_on_when_there_is_room(
     for phase, key in (("prepare", "paths.processed_dir"), ("train", "train.weights_dir"),
                        ("inference", "inference.output_tif")):  # fmt: skip
         free(9)
-        assert project.run(path, *ONLY[phase]) == 4
+        assert project.run(path, *project.only(phase)) == 4
         said = reason(capsys)
         assert "9 bytes are free" in said
         assert key in said
         assert not list(tmp_path.glob("cache/*.pt")) or phase != "prepare"
         free(10**12)
-        assert project.run(path, *ONLY[phase]) == 0
+        assert project.run(path, *project.only(phase)) == 0
     free(9)
     assert project.run(path, "inference.enable=false") == 0  # all is there already
 

@@ -39,6 +39,7 @@ from utils.pace import settle_cache
 from utils.preflight import caches_of, check_content
 from utils.prepare import check_space, encode_on
 from utils.prepare import prepare as cache_tiles
+from utils.process import collect_from_now
 from utils.quantize import HALF, rounding
 from utils.resume import Resume, identity_of, last_path
 from utils.sources import begun_in, count_tiles, describe_cache, find_sources
@@ -101,11 +102,13 @@ def prepare(config: Config, run: Runtime, log: VerbosityLogger) -> None:
             count_tiles(sources, section.tile_size), config.train, run, log,
         )  # fmt: skip
     encode = encode_on(device, manifest, compiled(backbone, config.resources.compile, device, log))
+    collect_from_now()
     cache_tiles(section, sources, manifest, encode, config.resources.seed, run, log)
 
 
 def verify(config: Config, run: Runtime, log: VerbosityLogger) -> None:
     """Check every cached tile, delete the bad ones, and have prepare make exactly those again."""
+    collect_from_now()
     folder, workers, making = config.verify.processed_dir, config.verify.workers, config.prepare
     if not (lacking := check_tiles(folder, workers, run, log)):
         return
@@ -143,6 +146,7 @@ def train(config: Config, run: Runtime, log: VerbosityLogger) -> None:
         split.val, run.world_size,
     )  # fmt: skip
     resume = Resume(last_path(section.weights_dir, name), identity, section.resume == "never")
+    collect_from_now()
     best = fit(head, normalize, loaders, section, manifest, run, device, save, log, encode, resume)
     log.info(f"best validation mIoU {best.score.miou:.4f} in epoch {best.epoch}: {best.path}")
 
@@ -188,4 +192,5 @@ def inference(config: Config, run: Runtime, log: VerbosityLogger) -> None:
     segmenter = Segmenter(backbone, head, rounding(checkpoint.feature_dtype)).eval().to(device)
     segmenter.compute_in(precision)
     network = compiled(segmenter, config.resources.compile, device, log)
+    collect_from_now()
     predict_scenes(section, scenes, network, trained, device, log)

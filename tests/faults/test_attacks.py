@@ -52,11 +52,6 @@ def trained(tmp_path_factory) -> Path:
     return folder
 
 
-def only(phase: str) -> list[str]:
-    phases = ("prepare", "verify", "train", "inference")
-    return [f"{name}.enable={str(name == phase).lower()}" for name in phases]
-
-
 def tile_of(folder: Path) -> Path:
     return sorted((folder / "cache").glob("*.pt"))[0]
 
@@ -117,7 +112,7 @@ def in_a_tile(make: Callable) -> Attack:
     def attack(folder: Path, marker: Path) -> list[str]:
         for path in (folder / "cache").glob("*.pt"):
             make(path, marker)
-        return [*only("train"), "train.resume=never"]
+        return [*project.only("train"), "train.resume=never"]
 
     return attack
 
@@ -128,7 +123,7 @@ def in_all_tiles(make: Callable) -> Attack:
         make(first, marker)
         for path in others:
             shutil.copy(first, path)
-        return only("verify")
+        return project.only("verify")
 
     return attack
 
@@ -136,7 +131,7 @@ def in_all_tiles(make: Callable) -> Attack:
 def in_the_weights(make: Callable) -> Attack:
     def attack(folder: Path, marker: Path) -> list[str]:
         make(folder / "weights" / "linear_best.pth", marker)
-        return only("inference")
+        return project.only("inference")
 
     return attack
 
@@ -146,7 +141,7 @@ def as_the_scene(write: Callable[[Path], object]) -> Attack:
         path = folder / "odd" / "scene.tif"
         path.parent.mkdir()
         write(path)
-        return [*only("inference"), f"inference.input_tif={path}"]
+        return [*project.only("inference"), f"inference.input_tif={path}"]
 
     return attack
 
@@ -156,7 +151,7 @@ def as_a_source(write: Callable[[Path], object]) -> Attack:
         path = folder / "odd" / "scene.tif"
         path.parent.mkdir()
         write(path)
-        return [*only("prepare"), f"paths.raw_images_dir={path.parent}",
+        return [*project.only("prepare"), f"paths.raw_images_dir={path.parent}",
                 f"paths.processed_dir={folder / 'anew'}"]  # fmt: skip
 
     return attack
@@ -183,7 +178,7 @@ def with_lists(text: bytes) -> Attack:
     def attack(folder: Path, marker: Path) -> list[str]:
         (folder / "train.txt").write_bytes(text)
         (folder / "val.txt").write_text("north\n")
-        return [*only("train"), f"dataset.splits.train_list={folder / 'train.txt'}",
+        return [*project.only("train"), f"dataset.splits.train_list={folder / 'train.txt'}",
                 f"dataset.splits.val_list={folder / 'val.txt'}"]  # fmt: skip
 
     return attack
@@ -207,7 +202,7 @@ def code_in_config(folder: Path, marker: Path) -> list[str]:
 def with_backbone(change: Callable[[Path, Path], None]) -> Attack:
     def attack(folder: Path, marker: Path) -> list[str]:
         change(folder / "backbone", marker)
-        return only("inference")
+        return project.only("inference")
 
     return attack
 
@@ -325,15 +320,15 @@ def linked(folder: Path) -> Iterator[tuple[str, Path, list[str]]]:
     """A place in the project that becomes a link to a precious file, and a run that writes it."""
     tile = tile_of(folder).relative_to(folder)
     anew = ["train.resume=never"]
-    yield "map", Path("map.tif"), only("inference")
-    yield "legend of the map", Path("map.tif.aux.xml"), only("inference")
-    yield "tile", tile, [*only("prepare"), "verify.enable=true"]
-    yield "best weights", Path("weights/linear_best.pth"), [*only("train"), *anew]
-    yield "state of training", Path("weights/linear_last.pth"), [*only("train"), *anew]
-    yield "metrics", Path("weights/metrics.csv"), [*only("train"), *anew]
-    yield "status", Path("weights/status.json"), only("inference")
-    yield "manifest", Path("cache/manifest.json"), only("prepare")
-    yield "copy of the manifest", Path("cache/manifest.copy.json"), only("prepare")
+    yield "map", Path("map.tif"), project.only("inference")
+    yield "legend of the map", Path("map.tif.aux.xml"), project.only("inference")
+    yield "tile", tile, [*project.only("prepare"), "verify.enable=true"]
+    yield "best weights", Path("weights/linear_best.pth"), [*project.only("train"), *anew]
+    yield "state of training", Path("weights/linear_last.pth"), [*project.only("train"), *anew]
+    yield "metrics", Path("weights/metrics.csv"), [*project.only("train"), *anew]
+    yield "status", Path("weights/status.json"), project.only("inference")
+    yield "manifest", Path("cache/manifest.json"), project.only("prepare")
+    yield "copy of the manifest", Path("cache/manifest.copy.json"), project.only("prepare")
 
 
 LINKS = ("map", "legend of the map", "tile", "best weights", "state of training", "metrics",

@@ -16,7 +16,7 @@ import project
 import pytest
 from forked import Child, forked
 from size import figure, sized
-from test_kills import Stage, only
+from test_kills import Stage
 
 from utils.artefacts import NAME
 from utils.cache import check_tile, tile_names, tile_path
@@ -41,7 +41,7 @@ def stage(tmp_path_factory) -> Callable[[str], Stage]:
     project.write_scene(work / "unseen.tif", image, project.grid(600, 700, south=5000))
     for phase in PHASES:
         shutil.copytree(work, root / phase)
-        assert project.run(config, *only(phase)) == 0
+        assert project.run(config, *project.only(phase)) == 0
     shutil.rmtree(work)
     return lambda phase: Stage(root / phase, work, phase)
 

@@ -15,7 +15,6 @@ from size import figure, sized
 
 from utils.artefacts import NAME
 
-PHASES = ("prepare", "verify", "train", "inference")
 KEYS = {
     "model": {"head": "unet"},
     "prepare": {"batch_size": 2},
@@ -45,17 +44,12 @@ class Stage:
 
     def run(self) -> int:
         """Run the phase alone."""
-        return project.run(self.work / "config.yml", *only(self.phase))
+        return project.run(self.work / "config.yml", *project.only(self.phase))
 
     def products(self) -> dict[str, bytes]:
         """Every file of the project but what is each run's own."""
         paths = (path for path in self.work.rglob("*") if path.is_file() and path.name not in OWN)
         return {str(path.relative_to(self.work)): content_of(path) for path in paths}
-
-
-def only(phase: str) -> list[str]:
-    """Settings that leave one phase."""
-    return [f"{each}.enable={str(each == phase).lower()}" for each in PHASES]
 
 
 def stages(
@@ -68,14 +62,14 @@ def stages(
     """
     work = root / "work"
     config = project.write_project(work, *size, **keys)
-    for phase in PHASES:
+    for phase in project.PHASES:
         if phase == "inference":
-            assert project.run(config, *only(phase), "inference.blend=linear") == 0
+            assert project.run(config, *project.only(phase), "inference.blend=linear") == 0
         shutil.copytree(work, root / phase)
         if phase == "verify":
             for path in sorted((root / phase / "cache").glob("*.pt"))[cut]:
                 path.write_bytes(path.read_bytes()[:-600])
-        assert phase == "verify" or project.run(config, *only(phase)) == 0
+        assert phase == "verify" or project.run(config, *project.only(phase)) == 0
     return lambda phase: Stage(root / phase, work, phase)
 
 
@@ -116,7 +110,7 @@ def killed_inside(stage: Stage, after: float) -> bool:
     return code == -9 and f"{stage.phase}: f" not in child.said  # finished or failed
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", project.PHASES)
 def test_a_killed_phase_run_again_leaves_what_an_unbroken_one_leaves(stage, phase):
     stage, count = stage(phase), sized(5, 100)
     stage.renew()

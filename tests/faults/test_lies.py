@@ -29,11 +29,6 @@ ODD = [
     math.inf, "", "odd", "north", "../../odd", "\ud800", "\n\x1b[2J", [], [1], [[]], ["odd"], {},
     {"odd": 1}, (), torch.zeros(0), torch.zeros(2, 3), torch.ones(1, dtype=torch.int64),
 ]  # fmt: skip
-ONLY = {
-    "train": ("prepare.enable=false", "verify.enable=false", "inference.enable=false"),
-    "inference": ("prepare.enable=false", "verify.enable=false", "train.enable=false"),
-    "prepare": ("verify.enable=false", "train.enable=false", "inference.enable=false"),
-}
 
 
 def places_in(content: Any, path: tuple = ()) -> Iterator[tuple]:
@@ -93,7 +88,7 @@ def make(folder: Path) -> int:
     keys = {"train": {"epochs": 3, "batch_size": 2}, "inference": {"format": "gtiff"}}
     config = project.write_project(folder, 100, 130, ("north", "south"), **keys)
     assert project.run(config, "logging.level=error", "train.epochs=2") == 0
-    assert project.run(config, "train.epochs=3", "train.resume=never", *ONLY["train"]) == 0
+    assert project.run(config, "train.epochs=3", "train.resume=never", *project.only("train")) == 0
     return 0
 
 
@@ -119,7 +114,8 @@ def work(folder: Path, first: int, count: int, seed: int, journal: Path) -> int:
             file.write(json.dumps([number, "begun", f"{name}, {phase}: {lie}"]) + "\n")
             file.flush()
             signal.alarm(LONGEST)
-            code = project.run(config, *ONLY[phase], "logging.level=error", "train.epochs=3")
+            settings = (*project.only(phase), "logging.level=error", "train.epochs=3")
+            code = project.run(config, *settings)
             signal.alarm(0)
             file.write(json.dumps([number, code, f"{name}, {phase}: {lie}"]) + "\n")
     return 0

@@ -286,7 +286,7 @@ def test_no_ddp_module_is_left_when_its_group_is(trial):
     trial.renew()
 
     def run() -> int:
-        gc.disable()  # a module in a circle would be there until Python looks for such
+        gc.set_threshold(0)  # a module in a circle would be there until Python looks for such
         distributed.GROUPS = Groups()
         code = project.run(trial.work / "config.yml", *GLOO, "train.epochs=1")
         return 2 if distributed.GROUPS else code

@@ -14,7 +14,7 @@ from size import WHOLE, figure, sized
 from models import HEADS
 from utils.resume import Resume
 
-ONLY_TRAIN = ("prepare.enable=false", "verify.enable=false", "inference.enable=false")
+ONLY_TRAIN = project.only("train")
 WAYS = {
     "EMA": ("train.ema_decay=0.9", "train.batch_size=4"),
     "accumulation": ("train.grad_accum_steps=2", "train.batch_size=2"),

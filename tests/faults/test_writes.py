@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import project
 import pyogrio.raw
 import pytest
 import rasterio
@@ -19,7 +20,7 @@ import rasterio.shutil
 from forked import Child, forked
 from pyogrio.errors import DataSourceError
 from size import figure, sized
-from test_kills import END, PHASES, Stage, stages
+from test_kills import END, Stage, stages
 
 from utils import artefacts
 from utils.artefacts import NAME
@@ -166,7 +167,7 @@ def check_ending(stage: Stage, code: int, said: str, how: str, wanted: dict[str,
         assert len(lines) == 1, said
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", project.PHASES)
 def test_whatever_call_fails_the_next_run_ends_like_an_unbroken_one(stage, phase, tmp_path):
     stage = stage(phase)
     kinds = calls_of(stage, tmp_path / "kinds.json")
