@@ -13,7 +13,6 @@ memory, permission), 5 training diverged, 75 stopped by a signal (run again), 1 
 """
 
 import argparse
-import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -115,12 +114,15 @@ def outcome_of(config: Config, log: VerbosityLogger) -> tuple[int, str]:
 
 def run_phases(config: Config, log: VerbosityLogger) -> None:
     """Prepare, verify and train among the ranks; then the first one infers."""
-    import torch
+    from utils.process import importing
 
-    from utils import phases
-    from utils.block_cache import make_room
-    from utils.distributed import distributed
-    from utils.preflight import cache_held, check_paths, weights_held
+    with importing():
+        import torch
+
+        from utils import phases
+        from utils.block_cache import make_room
+        from utils.distributed import distributed
+        from utils.preflight import cache_held, check_paths, weights_held
 
     make_room(config)
     torch.set_float32_matmul_precision(config.resources.matmul_precision)
@@ -129,6 +131,7 @@ def run_phases(config: Config, log: VerbosityLogger) -> None:
             check_paths(config)
         with weights_held(config, run):
             with cache_held(config, run):
+                phases.load_libraries(config)
                 phases.look_ahead(config, run, log)
                 enter(phases.prepare, config, run, log)
                 enter(phases.verify, config, run, log)
@@ -151,10 +154,7 @@ def enter(phase: "Phase", config: Config, run: "Runtime", log: VerbosityLogger) 
 def start() -> None:
     """Run the command line and leave; ranks without the interpreter's own end, in which threads of
     torch's may abort it.
-
-    Garbage is looked for from the first phase's work on (`utils.process.collect_from_now`).
     """
-    gc.disable()
     try:
         code = main()
     except KeyboardInterrupt:  # before the run has handlers of its own

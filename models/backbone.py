@@ -175,6 +175,14 @@ def describe_backbone(
     )  # fmt: skip
 
 
+def load_transformers() -> None:
+    """Import all of transformers that a DINOv3 needs: about a second's work.
+
+    >>> load_transformers()
+    """
+    from transformers import AutoConfig, AutoModel, DINOv3ViTModel  # noqa: F401
+
+
 def own_config(section: Model) -> tuple[Any, tuple[int, ...]]:
     """A backbone's own config.json, and the blocks to tap; ConfigError where these do not agree."""
     from transformers import AutoConfig

@@ -1,5 +1,7 @@
 """What every head promises, tested on all of HEADS, and what single heads promise beyond that."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -249,18 +251,28 @@ def test_features_reach_the_head_in_autocasts_type_and_are_cast_once(name):
     assert {each.dtype for each in given} == {torch.bfloat16}
 
 
+GROUPS = []  # one that a DDP module lets go of last may wait for its own threads for ever
+
+
+@contextlib.contextmanager
+def lone_group(folder):
+    """A group of this process alone, held for good where an error's frames may hold a module."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=0, world_size=1)
+    GROUPS.append(dist.group.WORLD)
+    try:
+        yield
+        GROUPS.clear()
+    finally:
+        dist.destroy_process_group()
+
+
 @heads
 @pytest.mark.filterwarnings("error:Grad strides do not match bucket view strides")
 def test_gradients_are_the_same_under_ddp(name, tmp_path):
     head, inputs = make_head(name), make_inputs((32, 48))
     wanted = {key: each.clone() for key, each in gradients(head, all_logits(head(*inputs))).items()}
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
-    try:
-        model = DistributedDataParallel(head)
-        found = gradients(head, all_logits(model(*inputs)))
-        del model  # a group that a DDP module lets go of last may wait for its threads for ever
-    finally:
-        dist.destroy_process_group()
+    with lone_group(tmp_path):
+        found = gradients(head, all_logits(DistributedDataParallel(head)(*inputs)))
     for key, gradient in found.items():
         torch.testing.assert_close(gradient, wanted[key], rtol=1e-4, atol=1e-5, msg=key)
 

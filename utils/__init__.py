@@ -20,7 +20,7 @@ burning       polygons burnt on a grid, window by window
 warping       a label raster's pixels under a scene's
 label_values  what raster values and attributes mean
 label_rasters label rasters on a scene's grid
-labels        label rasters and polygons on a scene's grid
+labels        all label files of a scene: which count where, and what they may hold
 turns         the eight ways to lay a tile
 quantize      features rounded as they are cached
 manifest      what a cache is, and what other settings differ from it in
@@ -57,7 +57,7 @@ agreement     settings against what a cache or weights were made with
 devices       which device is used, in what precision, what goes up and comes down
 distributed   ranks, sharing of work
 logging       messages, timed blocks, progress
-process       threads, signals, parent and workers, exit codes
+process       threads, imports, signals, parent and workers, exit codes
 status        how a run stands, for batch scripts
 strict_yaml, key_faults, key_rules    what config.py checks files with
 preflight     what is looked at, and held, before the first phase

@@ -18,6 +18,7 @@ from models.backbone import (
     Normalize,
     build_backbone,
     describe_backbone,
+    load_transformers,
     own_config,
 )
 from models.segmenter import Segmenter
@@ -39,7 +40,7 @@ from utils.pace import settle_cache
 from utils.preflight import caches_of, check_content
 from utils.prepare import check_space, encode_on
 from utils.prepare import prepare as cache_tiles
-from utils.process import collect_from_now
+from utils.process import importing
 from utils.quantize import HALF, rounding
 from utils.resume import Resume, identity_of, last_path
 from utils.sources import begun_in, count_tiles, describe_cache, find_sources
@@ -58,6 +59,18 @@ class Described(NamedTuple):
 
     spec: BackboneSpec
     weights_hash: str
+
+
+def load_libraries(config: Config) -> None:
+    """Import what the enabled phases' networks need, which each would else do when it builds one.
+
+    torch's compiler keeps the frames that import it: with a phase's own its networks would stay.
+    """
+    with importing():
+        if config.train.enable:
+            import torch._dynamo  # noqa: F401  optimizers use it
+        if config.prepare.enable or config.inference.enable:
+            load_transformers()
 
 
 def look_ahead(config: Config, run: Runtime, log: VerbosityLogger) -> None:
@@ -102,13 +115,11 @@ def prepare(config: Config, run: Runtime, log: VerbosityLogger) -> None:
             count_tiles(sources, section.tile_size), config.train, run, log,
         )  # fmt: skip
     encode = encode_on(device, manifest, compiled(backbone, config.resources.compile, device, log))
-    collect_from_now()
     cache_tiles(section, sources, manifest, encode, config.resources.seed, run, log)
 
 
 def verify(config: Config, run: Runtime, log: VerbosityLogger) -> None:
     """Check every cached tile, delete the bad ones, and have prepare make exactly those again."""
-    collect_from_now()
     folder, workers, making = config.verify.processed_dir, config.verify.workers, config.prepare
     if not (lacking := check_tiles(folder, workers, run, log)):
         return
@@ -146,7 +157,6 @@ def train(config: Config, run: Runtime, log: VerbosityLogger) -> None:
         split.val, run.world_size,
     )  # fmt: skip
     resume = Resume(last_path(section.weights_dir, name), identity, section.resume == "never")
-    collect_from_now()
     best = fit(head, normalize, loaders, section, manifest, run, device, save, log, encode, resume)
     log.info(f"best validation mIoU {best.score.miou:.4f} in epoch {best.epoch}: {best.path}")
 
@@ -192,5 +202,4 @@ def inference(config: Config, run: Runtime, log: VerbosityLogger) -> None:
     segmenter = Segmenter(backbone, head, rounding(checkpoint.feature_dtype)).eval().to(device)
     segmenter.compute_in(precision)
     network = compiled(segmenter, config.resources.compile, device, log)
-    collect_from_now()
     predict_scenes(section, scenes, network, trained, device, log)
