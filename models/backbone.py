@@ -5,6 +5,7 @@ Source: Siméoni et al., "DINOv3", arXiv 2508.10104; checkpoint format: Hugging 
 applied to every tapped block, as in `get_intermediate_layers(norm=True)` of the original code.
 """
 
+import errno
 import hashlib
 import json
 from collections.abc import Sequence
@@ -39,9 +40,12 @@ GATED = "https://huggingface.co/{name}"
 
 
 class BackboneError(Exception):
-    """A backbone that cannot be had: gated, unknown, offline, damaged."""
+    """A backbone that cannot be used; exit_code: 3 for a missing or damaged one, 4 where the hub or
+    the system keeps it back."""
 
-    exit_code = 4
+    def __init__(self, text: str, exit_code: int = 3) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +230,7 @@ def require_possible(name: str) -> None:
     except OSError:
         return  # what keeps it from being had is told where it is loaded
     except (ValueError, RecursionError) as error:
-        raise BackboneError(explain(name, error)) from error
+        raise trouble(name, error) from error
     for key, most in LARGEST.items():
         found = own.get(key, 0)
         if isinstance(found, int) and abs(found) > most:
@@ -389,7 +393,7 @@ def _from_hub(name: str, kind: Any, **options: Any) -> Any:
     try:
         return kind.from_pretrained(name, trust_remote_code=False, **options)
     except (*UNUSABLE, SafetensorError, StrictDataclassError) as error:
-        raise BackboneError(explain(name, error)) from error
+        raise trouble(name, error) from error
 
 
 def _require_folder(name: str) -> None:
@@ -397,34 +401,45 @@ def _require_folder(name: str) -> None:
         raise BackboneError(f"{name}: no such folder (model.backbone)")
 
 
-def explain(name: str, error: BaseException) -> str:
-    """What kept a backbone from loading, and the way out, in one line."""
-    kinds, cause = set(), error
-    while cause is not None:
-        kinds.add(type(cause).__name__)
-        cause = cause.__cause__ or cause.__context__
+def trouble(name: str, error: BaseException) -> BackboneError:
+    """What kept a backbone from loading, and the way out, in one line.
+
+    >>> trouble("./vits16", ValueError("no JSON")).exit_code
+    3
+    >>> trouble("./vits16", PermissionError(13, "Permission denied")).exit_code
+    4
+    """
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    kinds = {type(each).__name__ for each in chain}
     others = (
         "or set model.backbone to a local Hugging Face folder (config.json, model.safetensors) "
         "that starts with ./ or /"
     )
     if "GatedRepoError" in kinds or "gated repo" in str(error):
-        return (
+        return BackboneError(
             f"{name}: gated on the Hugging Face hub; request access at {GATED.format(name=name)}, "
-            f"then run `hf auth login` or set HF_TOKEN, {others}"
+            f"then run `hf auth login` or set HF_TOKEN, {others}",
+            exit_code=4,
         )
     if "LocalEntryNotFoundError" in kinds or "couldn't connect" in str(error).lower():
-        return (
+        return BackboneError(
             f"{name}: not in the local Hugging Face cache and the hub cannot be reached; go online "
-            f"(unset HF_HUB_OFFLINE if it is set), {others}"
+            f"(unset HF_HUB_OFFLINE if it is set), {others}",
+            exit_code=4,
         )
     if "RepositoryNotFoundError" in kinds or "is not a valid model identifier" in str(error):
-        return (
+        return BackboneError(
             f"{name}: no such model on the Hugging Face hub, or a private one; check the name, "
-            f"run `hf auth login` if it is yours, {others}"
+            f"run `hf auth login` if it is yours, {others}",
+            exit_code=4,
         )
     reason = " ".join(str(error).split())[:200]
     found = f"{type(error).__name__}: {reason}"
-    return f"{name}: cannot be loaded ({found}); mend that or download it again"
+    said = f"{name}: cannot be loaded ({found}); mend that or download it again"
+    refused = any(getattr(each, "errno", None) not in (None, errno.ENOENT) for each in chain)
+    return BackboneError(said, exit_code=4 if refused else 3)
 
 
 def write_random_backbone(folder: Path, seed: int, **sizes: Any) -> None:

@@ -27,11 +27,11 @@ from models.backbone import (
     build_backbone,
     describe_backbone,
     even_layers,
-    explain,
     for_bands,
     image_statistics,
     rgb_places,
     state_hash,
+    trouble,
     write_random_backbone,
 )
 from models.segmenter import Segmenter
@@ -395,7 +395,7 @@ def test_missing_or_misshapen_tensors_are_an_error_and_not_random_weights(copied
     edit_weights(copied, change)
     with pytest.raises(BackboneError, match="missing or of another shape") as caught:
         build(copied)
-    assert caught.value.exit_code == 4
+    assert caught.value.exit_code == 3
     assert str(copied) in str(caught.value)
 
 
@@ -462,7 +462,7 @@ def test_a_damaged_or_unsafe_folder_is_refused_in_one_line(copied, damage, monke
     damage(copied)
     with pytest.raises(BackboneError) as caught:
         build(copied)
-    assert caught.value.exit_code == 4
+    assert caught.value.exit_code == 3
     assert str(caught.value).startswith(f"{copied}: cannot be loaded (")
     assert str(caught.value).endswith("download it again")
     assert "\n" not in str(caught.value)
@@ -530,7 +530,7 @@ def test_trouble_with_the_hub_says_what_to_do(monkeypatch, case):
 
 
 def test_an_error_of_another_kind_is_told_shortly():
-    line = explain("x/y", OSError("No space left\non device " + 1000 * "x"))
+    line = str(trouble("x/y", OSError("No space left\non device " + 1000 * "x")))
     assert line.startswith("x/y: cannot be loaded (OSError: No space left on device xxx")
     assert len(line) < 300
 

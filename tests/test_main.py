@@ -477,8 +477,8 @@ def test_a_device_that_is_not_there_is_4(copy, capsys, phase):
     assert "device: cuda asked for, but" in one_error(capsys)
 
 
-def test_a_backbone_that_is_not_there_is_4(copy, capsys):
-    assert project.run(copy, "model.backbone=./nowhere") == 4
+def test_a_backbone_that_is_not_there_is_3(copy, capsys):
+    assert project.run(copy, "model.backbone=./nowhere") == 3
     assert "nowhere: no such folder (model.backbone)" in one_error(capsys)
 
 

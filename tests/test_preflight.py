@@ -62,7 +62,7 @@ def test_a_run_whose_paths_are_right_comes_to_every_phase(config, entered):
         (["paths.raw_images_dir=nowhere"], 3, "nowhere: no such file or folder"),
         (["paths.label_path=nowhere"], 3, "nowhere: no such file or folder (paths.label_path)"),
         (["model.layers=[99]"], 2, "model.layers: found [99]"),
-        (["model.backbone=./nowhere"], 4, "nowhere: "),
+        (["model.backbone=./nowhere"], 3, "nowhere: "),
         (["prepare.enable=false", "verify.enable=false"], 3, "run prepare first"),
         (["train.processed_dir=copy/elsewhere"], 3, "elsewhere/manifest.json: no such file"),
     ],

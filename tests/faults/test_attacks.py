@@ -248,9 +248,9 @@ ATTACKS: dict[str, tuple[Attack, int]] = {
     "YAML nested": (with_config("a: " + "[" * 500_000), 2),
     "YAML endless": (with_config("a: " + "b" * 2 * MEBIBYTE), 2),
     "YAML with code": (code_in_config, 2),
-    "backbone with code": (with_backbone(own_code), 4),
-    "backbone of pickles": (with_backbone(pickled_weights), 4),
-    "backbone of a size that no memory holds": (with_backbone(huge_config), 4),
+    "backbone with code": (with_backbone(own_code), 3),
+    "backbone of pickles": (with_backbone(pickled_weights), 3),
+    "backbone of a size that no memory holds": (with_backbone(huge_config), 3),
 }  # fmt: skip
 
 
