@@ -23,7 +23,6 @@ from models import backbone as module
 from models.backbone import (
     IMAGENET,
     SAT493M,
-    BackboneError,
     build_backbone,
     describe_backbone,
     even_layers,
@@ -31,9 +30,9 @@ from models.backbone import (
     image_statistics,
     rgb_places,
     state_hash,
-    trouble,
     write_random_backbone,
 )
+from models.hub import BackboneError, trouble
 from models.segmenter import Segmenter
 
 SIZES = {

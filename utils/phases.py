@@ -18,9 +18,9 @@ from models.backbone import (
     Normalize,
     build_backbone,
     describe_backbone,
-    load_transformers,
     own_config,
 )
+from models.hub import load_transformers
 from models.segmenter import Segmenter
 from utils.agreement import precision_as_trained, require_backbone, require_cache, require_fit
 from utils.cache import claim
