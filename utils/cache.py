@@ -133,15 +133,18 @@ def stored_maps(levels: Tensor | Sequence[Tensor]) -> Tensor:
     return alone(whole.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def load_tile(path: Path, mmap: bool = False, content: bytes | None = None) -> dict[str, Any]:
+def load_tile(
+    path: Path, mmap: bool = False, content: bytes | None = None, met: bool = False
+) -> dict[str, Any]:
     """A tile's tensors; content that cannot be loaded is a TileError, a failing read an OSError.
 
-    content: the file's bytes, where they were read already.
+    content: the file's bytes, where they were read already; met: whether `check_bytes` has looked
+    at them.
     """
     try:
         if content is not None:
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        return patiently(partial(_load_stored, path, mmap), path)
+        return patiently(partial(_load_stored, path, mmap, met), path)
     except OSError as error:
         if error.errno != errno.EINVAL:  # torch seeks for the directory that a cut file lacks
             raise
@@ -150,9 +153,10 @@ def load_tile(path: Path, mmap: bool = False, content: bytes | None = None) -> d
         raise TileError(f"{path.name}: cannot be loaded ({reason_of(error, path)})") from error
 
 
-def _load_stored(path: Path, mmap: bool) -> dict[str, Any]:
-    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-        check_members(archive, os.fstat(file.fileno()).st_size)
+def _load_stored(path: Path, mmap: bool, met: bool) -> dict[str, Any]:
+    if not met:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            check_members(archive, os.fstat(file.fileno()).st_size)
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 

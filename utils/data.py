@@ -204,7 +204,7 @@ class PrecomputedDataset(Dataset[Drawn]):
             if name not in self._met:
                 check_bytes(path, self.manifest)
                 self._met.add(name)
-            content = load_tile(path, mmap=True)
+            content = load_tile(path, mmap=True, met=True)
             check_shapes(path.name, content, self.manifest)
         except (TileError, FileNotFoundError) as error:
             raise CacheError(
