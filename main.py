@@ -131,7 +131,7 @@ def run_phases(config: Config, log: VerbosityLogger) -> None:
             check_paths(config)
         with weights_held(config, run):
             with cache_held(config, run):
-                phases.load_libraries(config)
+                phases.load_libraries(config, run)
                 phases.look_ahead(config, run, log)
                 enter(phases.prepare, config, run, log)
                 enter(phases.verify, config, run, log)

@@ -61,15 +61,15 @@ class Described(NamedTuple):
     weights_hash: str
 
 
-def load_libraries(config: Config) -> None:
-    """Import what the enabled phases' networks need, which each would else do when it builds one.
+def load_libraries(config: Config, run: Runtime) -> None:
+    """Import what this rank's phases need for networks, which each would do when it builds one.
 
     torch's compiler keeps the frames that import it: with a phase's own its networks would stay.
     """
     with importing():
         if config.train.enable:
             import torch._dynamo  # noqa: F401  optimizers use it
-        if config.prepare.enable or config.inference.enable:
+        if config.prepare.enable or (config.inference.enable and run.is_main):
             load_transformers()
 
 
