@@ -6,7 +6,8 @@
 Both forms have the same weights and run the same code in evaluation mode, on one thread. One is
 float32, with kernels, pixels and maps in NCHW; the other is inference's: autocast to bfloat16,
 weights rounded once, everything channels_last, maps in half precision as the backbone gives them.
-They take turns, and each turn begins with a run that does not count.
+They take turns, and each turn begins with a run that does not count. The process keeps its memory
+as the program's own do.
 """
 
 import copy
@@ -25,6 +26,7 @@ from models.base import SegmentationHead, enlarge
 from models.segmenter import round_once
 from utils.devices import has_bf16
 from utils.logging import say
+from utils.process import keep_one_heap
 
 NO_BF16 = "this processor emulates bf16, which the program does not use on it: not measured"
 CHANNELS, LEVELS, SIZE = 1024, 4, 512
@@ -35,6 +37,7 @@ def measure(tiles: int = 4, turns: int = 7) -> list[Row]:
     """Rows for operations per tile and, where the processor multiplies bf16, for the speed-up."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    keep_one_heap()
     rows = [Row("unet_v2: forward of a 512² tile", operations() / 1e9, 20, "GFLOP")]
     if not has_bf16(torch.device("cpu")):
         say(f"head: {NO_BF16}")

@@ -22,6 +22,7 @@ from models import build_head
 from utils.devices import has_bf16
 from utils.logging import say
 from utils.optim import Muon, build_optimizer
+from utils.process import keep_one_heap
 
 TILES, CLASSES = 4, 5
 
@@ -42,6 +43,7 @@ def measure(turns: int = 5) -> list[Row]:
     """Rows for Muon's share in float32 and, where the processor multiplies it, in bfloat16."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    keep_one_heap()
     head = build_head("unet_v2", CHANNELS, LEVELS, CLASSES)
     optimizer = build_optimizer(head, head.edge_parameters(), 0.02, 1e-3, 0.95, 0.01)
     image, maps = make_inputs(TILES)

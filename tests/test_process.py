@@ -1,4 +1,4 @@
-"""The process around a run: one heap for all threads, and what an error is called."""
+"""The process around a run: one heap that keeps what is freed, and what an error is called."""
 
 import errno
 import os
@@ -12,11 +12,11 @@ from utils.process import ending_of
 
 HEAPS = """
 import ctypes, sys, threading
-from utils.process import share_one_heap
+from utils.process import keep_one_heap
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 if sys.argv[1] == "one":
-    share_one_heap()
+    keep_one_heap()
 def heap_of_small_block():
     address = libc.malloc(1000)
     for line in open("/proc/self/maps"):
@@ -31,14 +31,47 @@ print(found)
 """
 
 
+def printed_by(script: str, argument: str) -> str:
+    """What a script prints in a process of its own."""
+    command = [sys.executable, "-c", script, argument]
+    surroundings = project.surroundings()
+    return subprocess.run(
+        command, env=surroundings, capture_output=True, text=True, check=True
+    ).stdout
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="heaps are told apart in /proc")
 @pytest.mark.parametrize(("heaps", "wanted"), [("one", "[True]"), ("as it is", "[False]")])
 def test_threads_take_memory_from_the_heap_of_the_process(heaps, wanted):
-    command = [sys.executable, "-c", HEAPS, heaps]
-    result = subprocess.run(
-        command, env=project.surroundings(), capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == wanted
+    assert printed_by(HEAPS, heaps).strip() == wanted
+
+
+PAGES = """
+import ctypes, resource, sys
+from utils.process import keep_one_heap
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
+if sys.argv[1] == "kept":
+    keep_one_heap()
+def pages_of_layers(count=8, size=8 << 20):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    maps = [libc.malloc(size) for _ in range(count)]
+    for address in maps:
+        ctypes.memset(address, 1, size)
+    for address in maps:
+        libc.free(address)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(*(pages_of_layers() * resource.getpagesize() >> 20 for _ in range(4)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="faults are counted as Linux counts them")
+@pytest.mark.parametrize(("heap", "fresh"), [("kept", False), ("as it is", True)])
+def test_maps_of_a_layer_take_the_memory_of_the_layer_before(heap, fresh):
+    megabytes = [int(number) for number in printed_by(PAGES, heap).split()]
+    assert megabytes[0] > 0  # the first have to come from the system
+    assert (megabytes[-1] > 0) == fresh
 
 
 @pytest.mark.parametrize(

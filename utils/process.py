@@ -20,7 +20,9 @@ from pathlib import Path
 from config import Config
 from utils.limits import spelt_out
 
-M_ARENA_MAX = -8  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of malloc.h
+FREE_KEPT = 128 << 20  # bytes at the heap's end
+LARGE_BLOCK = 32 << 20  # bytes
 ONLINE = (  # GDAL's drivers that reach into the net, or open what other drivers do
     "WMS WMTS WCS HTTP EEDA EEDAI PLMOSAIC STACIT STACTA DAAS OGCAPI WFS OAPIF CSW Elasticsearch "
     "Carto AmigoCloud PLSCENES NGW GDALG ADBC"
@@ -41,7 +43,7 @@ def set_environment(config: Config) -> None:
     os.environ["OMP_NUM_THREADS"] = str(min(config.resources.omp_threads, share))
     os.environ.setdefault("GDAL_CACHEMAX", "32")  # MB; `utils.block_cache` enlarges it
     stay_local()
-    share_one_heap()
+    keep_one_heap()
     warnings.filterwarnings("ignore", message="Detected pickle protocol")  # torch, of damaged files
 
 
@@ -54,13 +56,20 @@ def stay_local() -> None:
     os.environ["GDAL_VRT_ENABLE_PYTHON"] = "NO"
 
 
-def share_one_heap() -> None:
-    """Have all threads take memory from one heap, where the C library is glibc.
+def keep_one_heap() -> None:
+    """Have all threads take memory from one heap and leave it what they free, where the C library
+    is glibc.
 
-    By itself it gives each thread heaps of its own, which keep what was freed.
+    By itself it gives each thread heaps of its own, which keep what was freed, and gives the end of
+    the first one back, so that a network on a CPU has the system make and clear its maps' pages
+    anew in each layer. Here up to 128 MB stay; a block of over 32 MB for which that has no room is
+    mapped by itself, and goes back when it is freed.
     """
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_ARENA_MAX, 1)
+        libc.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+        libc.mallopt(M_TRIM_THRESHOLD, FREE_KEPT)
 
 
 @contextlib.contextmanager
