@@ -35,9 +35,7 @@ CLASSES = 2
 
 def measure(tiles: int = 4, turns: int = 7) -> list[Row]:
     """Rows for operations per tile and, where the processor multiplies bf16, for the speed-up."""
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    keep_one_heap()
+    begin()
     rows = [Row("unet_v2: forward of a 512² tile", operations() / 1e9, 20, "GFLOP")]
     if not has_bf16(torch.device("cpu")):
         say(f"head: {NO_BF16}")
@@ -50,6 +48,13 @@ def measure(tiles: int = 4, turns: int = 7) -> list[Row]:
     slow, fast = alternate(turns, lambda: in_nchw(plain, image, apart), lambda: head(image, maps))
     gain = Row("unet_v2: fp32 over bf16 + channels_last", slow / fast, 3, at_least=True)
     return [*rows, gain]
+
+
+def begin() -> None:
+    """Make this process one of the program's: one thread, the same dice, memory that is kept."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    keep_one_heap()
 
 
 def make_inputs(tiles: int) -> tuple[Tensor, list[Tensor]]:

@@ -16,13 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.head import CHANNELS, LEVELS, NO_BF16, SIZE, make_inputs
+from benchmarks.head import CHANNELS, LEVELS, NO_BF16, SIZE, begin, make_inputs
 from benchmarks.rows import Row, command_line, report
 from models import build_head
 from utils.devices import has_bf16
 from utils.logging import say
 from utils.optim import Muon, build_optimizer
-from utils.process import keep_one_heap
 
 TILES, CLASSES = 4, 5
 
@@ -41,9 +40,7 @@ class Clock:
 
 def measure(turns: int = 5) -> list[Row]:
     """Rows for Muon's share in float32 and, where the processor multiplies it, in bfloat16."""
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    keep_one_heap()
+    begin()
     head = build_head("unet_v2", CHANNELS, LEVELS, CLASSES)
     optimizer = build_optimizer(head, head.edge_parameters(), 0.02, 1e-3, 0.95, 0.01)
     image, maps = make_inputs(TILES)

@@ -137,6 +137,16 @@ def start(
     )  # fmt: skip
 
 
+def printed_by(script: str, *arguments: object, **environment: str) -> str:
+    """What Python code prints in a process of its own, which has to end well."""
+    command = [PYTHON, "-c", script, *map(str, arguments)]
+    told = subprocess.run(
+        command, env=surroundings(**environment), capture_output=True, text=True, check=False
+    )
+    assert told.returncode == 0, told.stderr
+    return told.stdout
+
+
 def surroundings(**changes: str) -> dict[str, str]:
     """This process's environment without traces of launchers, offline, with one thread."""
     kept = {key: value for key, value in os.environ.items() if key not in LAUNCHER}

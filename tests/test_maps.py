@@ -5,13 +5,12 @@ import math
 import os
 import resource
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+import project
 import pytest
 import rasterio
 import rasterio.shutil
@@ -39,7 +38,6 @@ from utils.maps import (
     sidecar,
 )
 
-ROOT = Path(__file__).parent.parent
 GRID = north_up("EPSG:32633", 412000, 5326000, 0.5, 700, 610)
 LEGEND = Legend(('<b> & "é"', "água, 水", "a: b | c"), ((1, 2, 3), (250, 251, 252), (0, 158, 115)))
 TAGS = {
@@ -411,10 +409,8 @@ print(status.partition("VmHWM:")[2].split()[0])
 
 
 def test_memory_does_not_grow_with_the_map(tmp_path):
-    environment = os.environ | {"GDAL_CACHEMAX": "8", "PYTHONPATH": str(ROOT)}
     peaks = []
     for height in (9000, 18000):  # from about 8000 rows on, GDAL's buffers are full
-        command = [sys.executable, "-c", MEMORY, str(height), str(tmp_path)]
-        done = subprocess.run(command, env=environment, capture_output=True, check=True)
-        peaks.append(int(done.stdout) // 1024)  # not ru_maxrss: a child inherits its parent's
+        peak = project.printed_by(MEMORY, height, tmp_path, GDAL_CACHEMAX="8")
+        peaks.append(int(peak) // 1024)  # not ru_maxrss: a child inherits its parent's
     assert peaks[1] - peaks[0] < 20, f"{peaks} MB; the maps differ by 36 MB"

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import subprocess
 import sys
 
 import project
@@ -31,19 +30,10 @@ print(found)
 """
 
 
-def printed_by(script: str, argument: str) -> str:
-    """What a script prints in a process of its own."""
-    command = [sys.executable, "-c", script, argument]
-    surroundings = project.surroundings()
-    return subprocess.run(
-        command, env=surroundings, capture_output=True, text=True, check=True
-    ).stdout
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="heaps are told apart in /proc")
 @pytest.mark.parametrize(("heaps", "wanted"), [("one", "[True]"), ("as it is", "[False]")])
 def test_threads_take_memory_from_the_heap_of_the_process(heaps, wanted):
-    assert printed_by(HEAPS, heaps).strip() == wanted
+    assert project.printed_by(HEAPS, heaps).strip() == wanted
 
 
 PAGES = """
@@ -69,7 +59,7 @@ print(*(pages_of_layers() * resource.getpagesize() >> 20 for _ in range(4)))
 @pytest.mark.skipif(sys.platform != "linux", reason="faults are counted as Linux counts them")
 @pytest.mark.parametrize(("heap", "fresh"), [("kept", False), ("as it is", True)])
 def test_maps_of_a_layer_take_the_memory_of_the_layer_before(heap, fresh):
-    megabytes = [int(number) for number in printed_by(PAGES, heap).split()]
+    megabytes = [int(number) for number in project.printed_by(PAGES, heap).split()]
     assert megabytes[0] > 0  # the first have to come from the system
     assert (megabytes[-1] > 0) == fresh
 

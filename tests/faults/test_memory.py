@@ -1,6 +1,5 @@
 """A scene of any height is mapped in the same memory: peaks of processes of their own."""
 
-import subprocess
 import sys
 
 import project
@@ -55,23 +54,13 @@ def peak(folder, height: int, width: int) -> int:
     The lowest of some runs: equal ones differ by up to 20.
     """
     scene, output = folder / f"scene{height}.tif", folder / f"map{height}.tif"
-    run(SPARSE, scene, height, width)
+    project.printed_by(SPARSE, scene, height, width)
     peaks = []
     for _ in range(sized(2, 3)):
-        peaks.append(int(run(MAP, scene, output)) // 1024)
+        peaks.append(int(project.printed_by(MAP, scene, output)) // 1024)
         assert output.stat().st_size > 1000
         output.unlink()  # else it is kept
     return min(peaks)
-
-
-def run(script: str, *arguments: object) -> str:
-    """What a script says in a process of its own."""
-    command = [project.PYTHON, "-c", script, *map(str, arguments)]
-    told = subprocess.run(
-        command, env=project.surroundings(), capture_output=True, text=True, check=False
-    )
-    assert told.returncode == 0, told.stderr
-    return told.stdout
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
