@@ -26,7 +26,6 @@ from models.base import SegmentationHead, enlarge
 from models.segmenter import round_once
 from utils.devices import has_bf16
 from utils.logging import say
-from utils.process import keep_one_heap
 
 NO_BF16 = "this processor emulates bf16, which the program does not use on it: not measured"
 CHANNELS, LEVELS, SIZE = 1024, 4, 512
@@ -51,10 +50,9 @@ def measure(tiles: int = 4, turns: int = 7) -> list[Row]:
 
 
 def begin() -> None:
-    """Make this process one of the program's: one thread, the same dice, memory that is kept."""
+    """One thread, and the same dice each time."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    keep_one_heap()
 
 
 def make_inputs(tiles: int) -> tuple[Tensor, list[Tensor]]:

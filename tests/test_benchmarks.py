@@ -52,6 +52,19 @@ def test_an_unknown_script_is_refused(capsys):
     assert "no such script: nothing" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("measured", "code"), [(1.0, 0), (3.0, 1)])
+def test_all_scripts_end_in_one_table_and_each_tells_the_pace(monkeypatch, capsys, measured, code):
+    paces = iter([1.0, 1.5, 2.0, 2.5])
+    monkeypatch.setattr("benchmarks.__main__.pace_of_machine", lambda: next(paces))
+    monkeypatch.setattr("benchmarks.__main__.apart", lambda *_: [Row("a", measured, 2.0)])
+    assert main(["head", "muon"]) == code
+    head_line, muon_line, *_, last = capsys.readouterr().out.splitlines()
+    assert head_line.startswith("head: measured in 0.0")
+    assert "1.00 ms before it, 1.50 after" in head_line
+    assert "2.00 ms before it, 2.50 after" in muon_line
+    assert last == f"{2 - 2 * code} of 2 within"
+
+
 def test_the_growth_of_pace_is_a_ratio_of_medians(monkeypatch):
     seconds = {"small": iter([4.0, 40.0, 5.0]), "large": iter([20.0, 24.0, 22.0])}
     tiles = {"small": 1, "large": 4}
