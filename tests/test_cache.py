@@ -16,11 +16,12 @@ from project import manifest_of
 from utils.cache import (
     TileError,
     check_layout,
-    check_shapes,
     check_tile,
     claim,
     drop_changed,
     load_tile,
+    map_tile,
+    places_in,
     stored_maps,
     tile_names,
     tile_path,
@@ -33,7 +34,7 @@ from utils.manifest import (
     Manifest,
     read_manifest,
 )
-from utils.quantize import as_cached
+from utils.quantize import HALF, as_cached
 
 SIZE = 32
 NAME = "north__r000000_c000000"
@@ -482,6 +483,81 @@ def test_a_files_size_is_known_before_it_is_made(tmp_path):
         assert made.tile_bytes - OVERHEAD < size <= made.tile_bytes
 
 
+# Where a tile's parts lie
+
+
+KINDS = {
+    "fp16": {}, "bf16": {"feature_dtype": "bf16"}, "int8": {"feature_dtype": "int8"},
+    "tiles": {"cache": "tiles"}, "many classes": {"label_rules": RULES | {"num_classes": 300}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mapped_tile_is_what_loading_it_gives(tmp_path, kind):
+    made = replace(MADE, **KINDS[kind])
+    stored = content(made=made)
+    features = torch.stack(stored.pop("features"))
+    if made.cache == "features":
+        stored |= as_cached(features.to(HALF[made.feature_dtype]), made.feature_dtype)
+    stored["label"] = stored["label"].to(made.label_dtype)
+    write_tile(tmp_path, NAME, **stored)
+    path = tile_path(tmp_path, NAME)
+    mapped, loaded = map_tile(path, made, places_in(path, made)), load_tile(path)
+    assert list(mapped) == list(made.parts)
+    for part, found in mapped.items():
+        assert found.dtype == loaded[part].dtype
+        assert found.stride() == loaded[part].stride()
+        assert torch.equal(found, loaded[part])
+
+
+def test_what_is_done_to_a_mapped_tile_does_not_reach_its_file(tile):
+    whole = tile.read_bytes()
+    mapped = map_tile(tile, MADE, places_in(tile, MADE))
+    mapped["label"].fill_(7)
+    assert tile.read_bytes() == whole
+
+
+def test_a_file_that_took_the_place_of_another_is_not_mapped_by_its_places(tile):
+    places = places_in(tile, MADE)
+    write_tile(tile.parent, NAME, **content(seed=1))
+    assert map_tile(tile, MADE, places) is None
+    again = map_tile(tile, MADE, places_in(tile, MADE))
+    assert torch.equal(again["image"], content(seed=1)["image"])
+
+
+def test_a_file_that_changed_in_place_is_not_mapped_by_its_places(tile):
+    places = places_in(tile, MADE)
+    with tile.open("r+b") as file:
+        file.write(b"PK")
+    later = tile.stat().st_mtime_ns + 1
+    os.utime(tile, ns=(later, later))
+    assert map_tile(tile, MADE, places) is None
+
+
+@pytest.mark.parametrize("part", ["image", "features", "label"])
+def test_a_part_of_a_larger_storage_has_no_place(tile, part):
+    stored = load_tile(tile)
+    like = stored[part]
+    larger = torch.zeros(2 * like.numel(), dtype=like.dtype)
+    stored[part] = larger.as_strided(like.shape, like.stride(), like.numel())
+    torch.save(stored, tile)
+    with pytest.raises(TileError, match=f"{part} does not lie in memory"):
+        places_in(tile, MADE)
+
+
+def test_a_part_that_claims_bytes_past_the_end_of_the_file_has_no_place(tile, monkeypatch):
+    whole = torch.load
+
+    def load(*arguments, **options):
+        found = whole(*arguments, **options)
+        found["label"].untyped_storage()._checkpoint_offset = tile.stat().st_size - SIZE
+        return found
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(TileError, match="label does not lie in memory"):
+        places_in(tile, MADE)
+
+
 # What a crafted file may claim
 
 
@@ -496,7 +572,7 @@ def crafted(tile: Path, compress: int, change=lambda name, data: data) -> None:
 
 LOOKS = {
     "verify": lambda path: check_tile(path, MADE),
-    "train": lambda path: check_shapes(path.name, load_tile(path, mmap=True), MADE),
+    "train": lambda path: places_in(path, MADE),
     "prepare": lambda path: check_layout(path.name, load_tile(path, mmap=True), MADE),
 }
 

@@ -614,6 +614,35 @@ def test_an_unfinished_or_missing_cache_is_refused(folder, log):
         split_of(folder / "nowhere", log)
 
 
+def test_later_epochs_take_tiles_from_where_they_lie_and_unpickle_none(folder, monkeypatch):
+    data = dataset_of(folder)
+    first = [sample_of(data, index) for index in range(len(NAMES))]
+    monkeypatch.setattr(torch, "load", None)
+    for index, before in enumerate(first):
+        again = sample_of(data, index)
+        assert torch.equal(again.image, before.image)
+        assert torch.equal(again.label, before.label)
+        assert all(map(torch.equal, again.features, before.features))
+
+
+@pytest.mark.parametrize("harm", HARMED)
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
+def test_a_tile_damaged_between_two_visits_ends_training_with_one_clean_line(folder, harm):
+    data, path = dataset_of(folder), tile_path(folder, NAMES[4])
+    assert data[4].name == NAMES[4]
+    harm(path)
+    with pytest.raises(CacheError, match="missing or damaged") as caught:
+        data[4]
+    assert one_line(caught.value).startswith(f"{path}: missing or damaged (")
+
+
+def test_a_tile_that_is_made_again_between_two_visits_is_taken_as_it_is_now(folder):
+    data, tile = dataset_of(folder), placed_tile()
+    assert not (data[4].content["label"] == 3).all()
+    write_stamped(folder, NAMES[4], **tile | {"label": torch.full_like(tile["label"], 3)})
+    assert (data[4].content["label"] == 3).all()
+
+
 def test_foreign_tiles_are_left_out_and_missing_ones_end_the_run_in_one_line(folder, log):
     """Training on the rest would come to other weights, and go on to none once they are there."""
     write_stamped(folder, "south__r000000_c000000", **placed_tile())

@@ -10,14 +10,16 @@ used. What a cache is, its manifest says (`utils.manifest`).
 
 import errno
 import io
+import math
 import os
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from mmap import ACCESS_COPY, mmap
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -134,17 +136,17 @@ def stored_maps(levels: Tensor | Sequence[Tensor]) -> Tensor:
 
 
 def load_tile(
-    path: Path, mmap: bool = False, content: bytes | None = None, met: bool = False
+    path: Path, mmap: bool = False, content: bytes | None = None, device: str = "cpu"
 ) -> dict[str, Any]:
     """A tile's tensors; content that cannot be loaded is a TileError, a failing read an OSError.
 
-    content: the file's bytes, where they were read already; met: whether `check_bytes` has looked
-    at them.
+    content: the file's bytes, where they were read and met their checksums already; device: "meta"
+    for tensors without values, that know where in the file theirs are.
     """
     try:
         if content is not None:
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        return patiently(partial(_load_stored, path, mmap, met), path)
+            return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        return patiently(partial(_load_stored, path, mmap), path)
     except OSError as error:
         if error.errno != errno.EINVAL:  # torch seeks for the directory that a cut file lacks
             raise
@@ -153,11 +155,68 @@ def load_tile(
         raise TileError(f"{path.name}: cannot be loaded ({reason_of(error, path)})") from error
 
 
-def _load_stored(path: Path, mmap: bool, met: bool) -> dict[str, Any]:
-    if not met:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            check_members(archive, os.fstat(file.fileno()).st_size)
+def _load_stored(path: Path, mmap: bool) -> dict[str, Any]:
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        check_members(archive, os.fstat(file.fileno()).st_size)
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+class Places(NamedTuple):
+    """Where a tile's parts lie in its file, and which state of the file that is true of.
+
+    offsets: bytes, of the manifest's parts in their order.
+    """
+
+    state: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+
+def places_in(path: Path, manifest: Manifest) -> Places:
+    """Where a tile's parts lie, once its bytes met their checksums and are what the manifest
+    promises; TileError where they are not.
+    """
+    state = _state_of(patiently(path.stat, path))  # before its bytes: one written meanwhile differs
+    stored = check_bytes(path, manifest)
+    content = load_tile(path, content=stored, device="meta")
+    check_shapes(path.name, content, manifest)
+    offsets = []
+    for part in manifest.parts:
+        memory = content[part].untyped_storage()
+        offsets.append(memory._checkpoint_offset)
+        if memory.nbytes() != content[part].nbytes or offsets[-1] + memory.nbytes() > len(stored):
+            raise TileError(f"{path.name}: {part} does not lie in memory as it is written")
+    return Places(state, tuple(offsets))
+
+
+def map_tile(path: Path, manifest: Manifest, places: Places) -> dict[str, Tensor] | None:
+    """A tile's tensors as they lie on the disk: what is not looked at is not read. None where the
+    file is no longer the one that `places` is true of.
+
+    Nothing is unpickled, which would take fifteen times as long and keep other threads waiting.
+    """
+    memory = patiently(partial(_mapped, path, places.state), path)
+    if memory is None:
+        return None
+    content, layout = {}, layout_of(manifest).items()
+    for (part, (shape, dtype)), offset in zip(layout, places.offsets, strict=True):
+        flat = torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=offset)
+        if part == "features":
+            maps, channels, rows, cols = shape
+            content[part] = flat.view(maps, rows, cols, channels).permute(0, 3, 1, 2)
+        else:
+            content[part] = flat.view(shape)
+    return content
+
+
+def _mapped(path: Path, state: tuple[int, ...]) -> mmap | None:
+    with path.open("rb") as file:
+        if _state_of(os.fstat(file.fileno())) != state:
+            return None
+        return mmap(file.fileno(), 0, access=ACCESS_COPY)  # torch wants memory it could write to
+
+
+def _state_of(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def check_bytes(path: Path, manifest: Manifest) -> bytes:
@@ -197,20 +256,24 @@ def check_shapes(name: str, content: Any, manifest: Manifest) -> None:
     """
     if not isinstance(content, dict) or set(content) - {STAMP} != set(manifest.parts):
         raise TileError(f"{name}: keys are not {', '.join(manifest.parts)}")
-    size, cells = manifest.tile_size, manifest.tile_size // manifest.patch_size
-    _check_tensor(name, "image", content["image"], (len(manifest.bands), size, size), torch.uint8)
-    _check_tensor(name, "label", content["label"], (size, size), manifest.label_dtype)
-    maps = len(manifest.views) * len(manifest.layers)
-    kinds = {
-        "features": ((manifest.channels, cells, cells), FEATURE_DTYPES[manifest.feature_dtype]),
-        "scales": ((2, manifest.channels), torch.float32),
-    }
-    for part, (shape, dtype) in kinds.items():
-        if part in content:
-            _check_tensor(name, part, content[part], (maps, *shape), dtype)
+    for part, (shape, dtype) in layout_of(manifest).items():
+        _check_tensor(name, part, content[part], shape, dtype)
     found, wanted = content.get(STAMP), manifest.stamp_of(name.removesuffix(".pt"))
     if found != wanted:
         raise TileError(f"{name}: of another cache or place: stamp {found!r}, expected {wanted!r}")
+
+
+def layout_of(manifest: Manifest) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """The shape and type of each part of a tile's file."""
+    size, cells = manifest.tile_size, manifest.tile_size // manifest.patch_size
+    maps, channels = len(manifest.views) * len(manifest.layers), manifest.channels
+    every = {
+        "image": ((len(manifest.bands), size, size), torch.uint8),
+        "features": ((maps, channels, cells, cells), FEATURE_DTYPES[manifest.feature_dtype]),
+        "label": ((size, size), manifest.label_dtype),
+        "scales": ((maps, 2, channels), torch.float32),
+    }
+    return {part: every[part] for part in manifest.parts}
 
 
 def _check_tensor(

@@ -23,11 +23,11 @@ from torch.utils.data import Dataset, Sampler
 from config import Augmentations, Splits, Train
 from utils.artefacts import NAME, sweep
 from utils.cache import (
+    Places,
     TileError,
-    check_bytes,
-    check_shapes,
     check_tile,
-    load_tile,
+    map_tile,
+    places_in,
     tile_names,
     tile_path,
 )
@@ -190,7 +190,7 @@ class PrecomputedDataset(Dataset[Drawn]):
         self.names = list(names)
         self.augmentations = augmentations
         self.seed = seed
-        self._met: set[str] = set()  # tiles whose bytes have met their checksums in this run
+        self._places: dict[str, Places] = {}  # of tiles that this run has looked at
 
     def __len__(self) -> int:
         return len(self.names)
@@ -199,22 +199,27 @@ class PrecomputedDataset(Dataset[Drawn]):
         weighs = index >= 0
         visit, position = divmod(index if weighs else -1 - index, len(self.names))
         name = self.names[position]
-        path = tile_path(self.folder, name)
-        try:
-            if name not in self._met:
-                check_bytes(path, self.manifest)
-                self._met.add(name)
-            content = load_tile(path, mmap=True, met=True)
-            check_shapes(path.name, content, self.manifest)
-        except (TileError, FileNotFoundError) as error:
-            raise CacheError(
-                f"{path}: missing or damaged ({error}); run prepare and verify again"
-            ) from error
+        content = self._content_of(name)
         view, turn, features_turn = self.draw(visit, position)
         levels = len(self.manifest.layers)
         for part in {"features", "scales"} & set(content):
             content[part] = content[part][view * levels : (view + 1) * levels]
         return Drawn(name, content, turn, features_turn, weighs)
+
+    def _content_of(self, name: str) -> dict[str, Tensor]:
+        """A tile's tensors; its bytes are checked at the first visit, and where they changed."""
+        path, content = tile_path(self.folder, name), None
+        try:
+            if name in self._places:
+                content = map_tile(path, self.manifest, self._places[name])
+            while content is None:
+                self._places[name] = places_in(path, self.manifest)
+                content = map_tile(path, self.manifest, self._places[name])
+        except (TileError, FileNotFoundError) as error:
+            raise CacheError(
+                f"{path}: missing or damaged ({error}); run prepare and verify again"
+            ) from error
+        return content
 
     def draw(self, visit: int, position: int) -> tuple[int, Turn, Turn]:
         """The number of a cached view, and what is left to turn of image and features."""
