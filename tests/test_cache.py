@@ -613,6 +613,15 @@ def test_a_tensor_that_is_wider_than_its_memory_is_refused(tile, look, part):
         LOOKS[look](tile)
 
 
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("part", ["image", "features", "label"])
+def test_a_tensor_without_values_is_refused(tile, look, part):
+    stored = load_tile(tile)
+    torch.save(stored | {part: stored[part].to("meta")}, tile)
+    with pytest.raises(TileError, match=f"{part} has no values"):
+        LOOKS[look](tile)
+
+
 def test_a_file_far_larger_than_a_tile_is_not_read(tile):
     with tile.open("ab") as file:
         file.truncate(3 * MADE.tile_bytes + (1 << 20))

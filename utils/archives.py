@@ -80,13 +80,16 @@ def reason_of(error: Exception, path: Path) -> str:
 
 
 def check_whole(content: Any) -> None:
-    """Raise ValueError where a tensor has more values than its memory, as an expanded one has.
+    """Raise ValueError where a tensor has more values than its memory, as an expanded one has, or
+    no memory at all.
 
     >>> check_whole({"weight": [torch.zeros(1).expand(9, 9)]})
     Traceback (most recent call last):
     ValueError: a tensor of 81 values is stored as 1
     """
     if isinstance(content, Tensor):
+        if content.is_meta:
+            raise ValueError("a tensor has no values")
         stored = content.untyped_storage().nbytes() // content.element_size()
         if content.numel() > stored:
             raise ValueError(f"a tensor of {content.numel()} values is stored as {stored}")

@@ -282,6 +282,8 @@ def _check_tensor(
     if not isinstance(found, Tensor) or tuple(found.shape) != shape or found.dtype != dtype:
         what = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, Tensor) else type(found)
         raise TileError(f"{name}: {part} is {what}, expected {shape} {dtype}")
+    if found.is_meta and found.untyped_storage()._checkpoint_offset is None:
+        raise TileError(f"{name}: {part} has no values")
     laid = found.permute(0, 2, 3, 1) if part == "features" else found
     if found.layout != torch.strided or not laid.is_contiguous():
         raise TileError(f"{name}: {part} does not lie in memory as it is written")
