@@ -11,13 +11,13 @@ used. What a cache is, its manifest says (`utils.manifest`).
 import errno
 import io
 import math
+import mmap as mapping
 import os
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from mmap import ACCESS_COPY, mmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -208,11 +208,11 @@ def map_tile(path: Path, manifest: Manifest, places: Places) -> dict[str, Tensor
     return content
 
 
-def _mapped(path: Path, state: tuple[int, ...]) -> mmap | None:
+def _mapped(path: Path, state: tuple[int, ...]) -> mapping.mmap | None:
     with path.open("rb") as file:
         if _state_of(os.fstat(file.fileno())) != state:
             return None
-        return mmap(file.fileno(), 0, access=ACCESS_COPY)  # torch wants memory it could write to
+        return mapping.mmap(file.fileno(), 0, access=mapping.ACCESS_COPY)  # or torch warns
 
 
 def _state_of(found: os.stat_result) -> tuple[int, ...]:

@@ -208,13 +208,10 @@ class PrecomputedDataset(Dataset[Drawn]):
 
     def _content_of(self, name: str) -> dict[str, Tensor]:
         """A tile's tensors; its bytes are checked at the first visit, and where they changed."""
-        path, content = tile_path(self.folder, name), None
+        path, places = tile_path(self.folder, name), self._places.get(name)
         try:
-            if name in self._places:
-                content = map_tile(path, self.manifest, self._places[name])
-            while content is None:
-                self._places[name] = places_in(path, self.manifest)
-                content = map_tile(path, self.manifest, self._places[name])
+            while places is None or (content := map_tile(path, self.manifest, places)) is None:
+                self._places[name] = places = places_in(path, self.manifest)
         except (TileError, FileNotFoundError) as error:
             raise CacheError(
                 f"{path}: missing or damaged ({error}); run prepare and verify again"
