@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"utils.records", "utils.tiling", "utils.limits", "utils.formats"},
+    {"utils.records", "utils.tiling", "utils.limits", "utils.formats", "utils.direct"},
     {"utils.claims", "utils.artefacts"},
     {"utils.manifest", "utils.archives", "utils.grids", "utils.vrt"},
     {

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
+from utils.direct import DirectFile
 from utils.limits import limited_bytes
 
 Read = TypeVar("Read")
@@ -54,8 +55,12 @@ def temporary_of(path: Path, suffix: str = "") -> Path:
     return path.with_name(f"{stem}{suffix}")
 
 
-def write_artefact(path: Path, write: bytes | Callable[[BinaryIO], None]) -> None:
+def write_artefact(
+    path: Path, write: bytes | Callable[[BinaryIO], None], direct: bool = False
+) -> None:
     """Write a file whole: bytes, or what a function writes into it; its folder is made.
+
+    direct: past the system's page cache, for what is large and not read soon.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -64,7 +69,8 @@ def write_artefact(path: Path, write: bytes | Callable[[BinaryIO], None]) -> Non
     ['manifest.json']
     """
     with replacing(path) as temporary:
-        raw = _Told(_open_new(temporary), "wb")
+        descriptor = _open_new(temporary)
+        raw = _Told(DirectFile(descriptor) if direct else io.FileIO(descriptor, "wb"))
         try:
             with io.BufferedWriter(raw) as file:
                 if isinstance(write, bytes):
@@ -77,17 +83,29 @@ def write_artefact(path: Path, write: bytes | Callable[[BinaryIO], None]) -> Non
             raise raw.trouble from error
 
 
-class _Told(io.FileIO):
+class _Told(io.RawIOBase):
     """A file that keeps what the disk objected to: torch.save makes another error of it."""
 
     trouble: OSError | None = None
 
-    def write(self, data: bytes) -> int | None:
+    def __init__(self, file: io.RawIOBase) -> None:
+        self._file = file
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: memoryview) -> int | None:
         try:
-            return super().write(data)
+            return self._file.write(data)
         except OSError as error:
             self.trouble = error
             raise
+
+    def close(self) -> None:
+        try:
+            self._file.close()
+        finally:
+            super().close()
 
 
 def _open_new(path: Path) -> int:

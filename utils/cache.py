@@ -109,7 +109,7 @@ def write_tile(
     if len(scales):
         whole = scales if isinstance(scales, Tensor) else torch.stack(list(scales))
         content["scales"] = alone(whole)
-    write_artefact(tile_path(folder, name), lambda file: torch.save(content, file))
+    write_artefact(tile_path(folder, name), lambda file: torch.save(content, file), direct=True)
 
 
 def alone(tensor: Tensor) -> Tensor:
