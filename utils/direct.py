@@ -16,6 +16,7 @@ import numpy as np
 
 O_DIRECT = getattr(os, "O_DIRECT", 0)  # macOS has none
 BLOCK = 4096  # bytes: file systems want multiples of 512 or of this
+REFUSED = {errno.EINVAL, errno.EOPNOTSUPP}  # says who has no direct writes
 ROOM = 8 << 20  # bytes that are gathered before they are written
 
 
@@ -76,7 +77,7 @@ class DirectFile(io.RawIOBase):
             try:
                 rest = rest[self._disk.write(rest) :]
             except OSError as error:
-                if error.errno != errno.EINVAL or not self._set_direct(on=False):
+                if error.errno not in REFUSED or not self._set_direct(on=False):
                     raise
 
     def close(self) -> None:
