@@ -31,11 +31,11 @@ def run_failing(monkeypatch, config: Path, path: Path, code: int, times: float) 
     """Run verify while reads of a tile fail, a number of times; its exit code."""
     plain, left = Path.open, [times]
 
-    def opened(self: Path, *how: str) -> IO:
+    def opened(self: Path, *how: str, **named: int) -> IO:
         if self == path and left[0] > 0:
             left[0] -= 1
             raise OSError(code, os.strerror(code)) if code else MemoryError
-        return plain(self, *how)
+        return plain(self, *how, **named)
 
     with monkeypatch.context() as patched:
         patched.setattr("utils.artefacts.WAITS", (0, 0, 0))
