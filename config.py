@@ -70,6 +70,7 @@ PATHS = "a path, a list of paths, or null"
 FilePaths = Annotated[tuple[FilePath, ...], Field(strict=False, min_length=1)]
 OptionalPaths = FilePath | FilePaths | None  # a file, a folder, a pattern, or a list of them
 Count = Annotated[int, Field(ge=1)]
+Workers = Annotated[int, Field(ge=1, le=1024)]
 Weight = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 Block = Annotated[int, Field(ge=0)]
@@ -293,7 +294,7 @@ class Prepare(Section):
     batch_size: Count = Field(
         8, description="tiles per forward of the backbone, on a CPU at most 2"
     )
-    readers: Count = Field(2, description="threads that read tiles ahead of the backbone")
+    readers: Workers = Field(2, description="threads that read tiles ahead of the backbone")
     feature_dtype: Literal["fp16", "bf16", "int8"] = Field(
         "fp16", description="of cached features; int8: half the size, a scale for each channel"
     )
@@ -314,7 +315,7 @@ class Verify(Section):
 
     enable: bool = Field(True, description="run this phase")
     processed_dir: OptionalPath = Field(None, description="null: paths.processed_dir")
-    workers: Count = Field(8, description="processes")
+    workers: Workers = Field(8, description="processes")
 
 
 class Loss(Section):
@@ -358,7 +359,7 @@ class Train(Section):
     clip_grad: Weight = Field(1.0, description="largest gradient norm; 0: no clipping")
     patience: Count = Field(10, description="epochs without a better mIoU before training stops")
     val_fraction: float = Field(0.2, gt=0, lt=1, description="share of tiles that validate")
-    num_workers: int = Field(4, ge=0, description="threads that load batches; 0: none")
+    num_workers: int = Field(4, ge=0, le=1024, description="threads that load batches; 0: none")
     sampler: Literal["uniform", "balanced"] = Field(
         "uniform", description="balanced: each class is met equally often"
     )
@@ -416,7 +417,7 @@ class Inference(Section):
     batch_size: Count = Field(
         8, description="tiles per forward, each in all its views, on a CPU at most 2 views"
     )
-    readers: Count = Field(2, description="threads that read tiles ahead of the networks")
+    readers: Workers = Field(2, description="threads that read tiles ahead of the networks")
     max_memory: Annotated[int, Field(ge=64)] = Field(
         1024, description="MB of probabilities to hold; wider scenes are mapped in strips"
     )

@@ -267,6 +267,7 @@ def test_an_unknown_key_gets_the_one_that_was_meant(write, override, hint):
 
 
 WHOLE = "expected a whole number of at least 1"
+UP_TO = " and at most 1024"  # threads and processes
 SHARE = "expected a number of at least 0 and below 1"
 PATCH = "expected a whole multiple of 16, the patch size of DINOv3"
 PATHS_RULE = "expected a path, a list of paths, or null"
@@ -295,10 +296,12 @@ LAYERS = "expected a list of block numbers, 0 or more and increasing, or null"
         ("prepare.batch_size", "true", WHOLE),
         ("train.batch_size", "-1", WHOLE),
         ("inference.batch_size", "0", WHOLE),
-        ("verify.workers", "0", WHOLE),
+        ("verify.workers", "0", WHOLE + UP_TO),
+        ("prepare.readers", "1025", WHOLE + UP_TO),
+        ("inference.readers", "1000000", WHOLE + UP_TO),
         ("resources.omp_threads", "0", WHOLE),
         ("model.dino_channels", "0", WHOLE + " or null"),
-        ("train.num_workers", "-1", "expected a whole number of at least 0"),
+        ("train.num_workers", "-1", "expected a whole number of at least 0" + UP_TO),
         ("resources.seed", "-1", "expected a whole number of at least 0 and below 4294967296"),
         ("model.num_classes", "1", "expected a whole number of at least 2 and at most 65535"),
         ("model.num_classes", "65536", "expected a whole number of at least 2 and at most 65535"),

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 
 from utils.process import StoppedError
-from utils.streaming import ahead, behind
+from utils.streaming import RUN, ahead, behind
 
 
 class Handle:
@@ -61,6 +61,21 @@ def test_no_more_than_depth_items_are_read_before_they_are_asked_for():
     with ahead([Handle()] * 1, items(), depth=4) as found:
         for number, _ in zip(range(10), found, strict=False):
             assert len(taken) <= number + 4
+
+
+@pytest.mark.parametrize("depth", [1, 8])
+def test_all_readers_are_at_work_however_few_items_are_asked_for(depth):
+    """Each waits for the others: they would not meet if one had no item."""
+    readers = 5
+    together = threading.Barrier(readers)
+
+    def read(item):
+        if item < RUN * readers:
+            together.wait(timeout=10)
+        return item
+
+    with ahead([Handle(read) for _ in range(readers)], range(50), depth) as found:
+        assert list(found) == list(range(50))
 
 
 def test_an_error_in_a_reader_is_raised_at_its_item_and_closes_every_handle():

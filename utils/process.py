@@ -278,10 +278,12 @@ def within_memory(phase: str) -> Iterator[None]:
 
 
 def out_of_memory(error: Exception) -> str:
-    """How memory ran out, here or in a worker that the system killed; nothing if it did not.
+    """How memory ran out, for a thread, or in a worker that was killed too; nothing if it did not.
 
     >>> out_of_memory(MemoryError()), out_of_memory(KeyError("memory"))
     ('out of memory', '')
+    >>> out_of_memory(RuntimeError("can't start new thread"))
+    'the system gave no further thread'
     """
     kind, text = type(error).__name__, str(error)
     if kind == "OutOfMemoryError" or (isinstance(error, RuntimeError) and OF_GPU.search(text)):
@@ -290,6 +292,8 @@ def out_of_memory(error: Exception) -> str:
         return "out of memory"
     if kind == "BrokenProcessPool":
         return "a worker process was killed, mostly for want of memory"
+    if text == "can't start new thread":
+        return "the system gave no further thread"
     return ""
 
 

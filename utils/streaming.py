@@ -27,7 +27,7 @@ def ahead(
 
     A reader is entered, called and left in its own thread, as rasterio's handles want it; each
     takes `in_turn` items after each other, since neighbours share blocks that a handle decodes
-    once. `depth`: results that are held or under way.
+    once. `depth`: results that are held or under way; more where the readers' turns are.
 
     >>> from contextlib import nullcontext
     >>> squares = [nullcontext(lambda number: number**2)] * 2
@@ -36,6 +36,7 @@ def ahead(
     [0, 1, 4, 9, 16]
     """
     pending: deque[Future[Result]] = deque()
+    depth = max(depth, in_turn * len(readers))  # or some would wait for their turn to come
 
     def results() -> Iterator[Result]:
         turns = chain.from_iterable([thread] * in_turn for thread in cycle(threads))
