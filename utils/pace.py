@@ -8,9 +8,10 @@ cost a forward each time they are met. Files are loaded beside the training wher
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -19,12 +20,15 @@ from torch import Tensor
 from config import Train
 from utils.artefacts import temporary_of
 from utils.cache import load_tile, tile_path, write_tile
+from utils.devices import most_at_once
 from utils.distributed import Runtime
 from utils.logging import VerbosityLogger
 from utils.manifest import Manifest
 from utils.quantize import as_cached
 
 FORWARD, FILE = 0.8, 0.2  # seconds to measure the backbone, a write or a load
+
+Backbone = Callable[[Tensor], Sequence[Tensor]]  # as it will run: on its device, compiled or not
 
 
 class FilePace(NamedTuple):
@@ -89,14 +93,14 @@ def quicker(found: dict[str, Forecast], free: int) -> str:
 
 
 def settle_cache(
-    manifest: Manifest, folder: Path, backbone: torch.nn.Module, device: torch.device,
+    manifest: Manifest, folder: Path, backbone: Backbone, device: torch.device,
     batch_size: int, tiles: int, section: Train, run: Runtime, log: VerbosityLogger,
 ) -> Manifest:  # fmt: skip
     """The manifest with a kind of cache in the place of `auto`: the first rank measures."""
     kind = manifest.cache
     if run.is_main and kind == "auto":
         folder.mkdir(parents=True, exist_ok=True)
-        pace = measure(manifest, folder, backbone.to(device), device, batch_size, tiles)
+        pace = measure(manifest, folder, backbone, device, batch_size, tiles)
         epochs = section.epochs
         found = forecasts(pace, tiles, epochs, section.num_workers)
         free = shutil.disk_usage(folder).free
@@ -125,11 +129,11 @@ def lines_of(
 
 
 def measure(
-    manifest: Manifest, folder: Path, backbone: torch.nn.Module, device: torch.device,
+    manifest: Manifest, folder: Path, backbone: Backbone, device: torch.device,
     batch_size: int, tiles: int,
 ) -> Pace:  # fmt: skip
     """Run the backbone on random pixels; write and load a file of either kind in the folder."""
-    count, size = 1 if device.type == "cpu" else batch_size, manifest.tile_size
+    count, size = min(batch_size, most_at_once(device) or batch_size), manifest.tile_size
     shape = (count, len(manifest.bands), size, size)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
 
@@ -178,19 +182,18 @@ def forget(path: Path) -> None:
 
 
 def seconds_of(work: Callable[[], Any], budget: float) -> float:
-    """Seconds that work takes: the mean of the calls that fit a budget, after one to warm up.
+    """Seconds that work takes: the median of the calls that fit a budget, one at the least.
+
+    A call before them, which may have to compile first, does not count.
 
     >>> calls = []
     >>> 0 < seconds_of(lambda: calls.append(1), budget=0.01) < 0.01, len(calls) > 2
     (True, True)
     """
-    start = time.perf_counter()
     work()
-    once = time.perf_counter() - start
-    if once > budget:
-        return once
-    calls, start = 0, time.perf_counter()
-    while not calls or time.perf_counter() - start < budget - once:
+    taken: list[float] = []
+    while sum(taken) < budget:
+        start = time.perf_counter()
         work()
-        calls += 1
-    return (time.perf_counter() - start) / calls
+        taken.append(time.perf_counter() - start)
+    return median(taken)

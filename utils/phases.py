@@ -109,12 +109,13 @@ def prepare(config: Config, run: Runtime, log: VerbosityLogger) -> None:
     log.info(f"prepare: {sources.reading.line()}")
     manifest = replace(manifest, backbone_hash=backbone.weights_hash)
     backbone.to(device).compute_in(manifest.precision)
+    network = compiled(backbone, config.resources.compile, device, log)
     if config.dataset.cache == "auto":
         manifest = settle_cache(
-            manifest, section.processed_dir, backbone, device, section.batch_size,
+            manifest, section.processed_dir, network, device, section.batch_size,
             count_tiles(sources, section.tile_size), config.train, run, log,
         )  # fmt: skip
-    encode = encode_on(device, manifest, compiled(backbone, config.resources.compile, device, log))
+    encode = encode_on(device, manifest, network)
     cache_tiles(section, sources, manifest, encode, config.resources.seed, run, log)
 
 
