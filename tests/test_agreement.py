@@ -63,7 +63,7 @@ SAYING = {
         {"prepare": {"min_valid": 0.0}}, "filters {'min_valid': 0.5}, this run has {'min_valid': 0"
     ),
     "prepare.feature_dtype": ({"prepare": {"feature_dtype": "int8"}}, "feature_dtype fp16, this"),
-    "train.augment_views": ({"train": {"augment_views": 2}}, "views [[False, False, 0]], this run"),
+    "train.augment_views": ({"train": {"augment_views": 2}}, "views 1, this run has 2 (train"),
     "dataset.nodata": ({"dataset": {"nodata": 0}}, "nodata None, this run has 0.0"),
 }  # fmt: skip
 
