@@ -3,6 +3,7 @@
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from utils.devices import (
     download,
     lacking_to_compile,
     precision_of,
+    upload,
 )
 
 CPU = torch.device("cpu")
@@ -74,6 +76,20 @@ def test_what_comes_down_is_waited_for_and_lies_as_it_did(monkeypatch, made):
     assert found.stride() == empty_like(made()).stride()
 
 
+def test_what_goes_up_is_pinned_and_not_waited_for(monkeypatch):
+    calls = []
+
+    def to(tensor, device, non_blocking):
+        calls.append((device.type, non_blocking))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: calls.append("pinned") or self)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    pixels = np.arange(12, dtype=np.uint8).reshape(1, 3, 2, 2)
+    assert np.array_equal(upload(pixels, torch.device("cuda")).numpy(), pixels)
+    assert calls == ["pinned", ("cuda", True)]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA")
 @pytest.mark.parametrize("made", LAID)
 def test_what_comes_down_from_a_gpu_is_what_was_there(made):
@@ -103,7 +119,7 @@ PAYS_NOT = "on a CPU, where that was measured not to pay"
     [
         ("auto", "cuda", "", True, "info: {}: compiles, so the first batches take longer"),
         ("auto", "cuda", "triton", False, "info: {}: auto compiles nothing, for this .* no triton"),
-        ("auto", "cpu", "", False, f"debug: {{}}: auto compiles nothing {PAYS_NOT}"),
+        ("auto", "cpu", "", False, f"info: {{}}: auto compiles nothing {PAYS_NOT}"),
         (True, "cuda", "triton", True, "info: {}: compiles, so the first batches take longer"),
         (True, "cpu", "triton", True, "info: {}: compiles as configured; on a CPU .* not to pay"),
         (False, "cuda", "", False, None),
@@ -117,11 +133,11 @@ def test_auto_compiles_where_it_pays_and_one_line_says_so(
     monkeypatch.setattr(torch, "compile", lambda network: (network,))
     log, device, network = Recorder(), torch.device(device), nn.Linear(2, 1)
     assert compiles(wanted, device) == compiling
-    found = compiled(network, wanted, device, log)
+    found = compiled(network, wanted, device, "prepare", log)
     assert found == ((network,) if compiling else network)
     assert len(log.lines) == (line is not None)
     if line:
-        assert re.fullmatch(line.format(r"resources\.compile"), log.lines[0])
+        assert re.fullmatch(line.format(r"prepare: resources\.compile"), log.lines[0])
 
 
 def test_what_compiling_for_cuda_needs_is_looked_for(monkeypatch):

@@ -91,10 +91,10 @@ def most_at_once(device: torch.device) -> int | None:
 
 
 def compiled(
-    network: Network, wanted: Compile, device: torch.device, log: VerbosityLogger
+    network: Network, wanted: Compile, device: torch.device, phase: str, log: VerbosityLogger
 ) -> Network:
-    """A frozen network, by torch.compile where `resources.compile` wants it."""
-    tell_of_compiling("resources.compile", wanted, device, log)
+    """A phase's frozen network, by torch.compile where `resources.compile` wants it."""
+    tell_of_compiling(f"{phase}: resources.compile", wanted, device, log)
     return torch.compile(network) if compiles(wanted, device) else network
 
 
@@ -114,7 +114,7 @@ def tell_of_compiling(
 ) -> None:
     """Say what is compiled where that takes time and may not pay, and what keeps `auto` from it."""
     if device.type == "cpu" and wanted == "auto":
-        log.debug(f"{key}: auto compiles nothing on a CPU, where that was measured not to pay")
+        log.info(f"{key}: auto compiles nothing on a CPU, where that was measured not to pay")
     elif device.type == "cpu" and wanted:
         log.info(f"{key}: compiles as configured; on a CPU that was measured not to pay")
     elif wanted == "auto" and (lacking := lacking_to_compile()):

@@ -116,7 +116,7 @@ def fit(
 
     With `resume`, from where an earlier run of the same settings came to.
     """
-    tell_of_compiling("train.compile", section.compile, device, log)
+    tell_of_compiling("train: train.compile", section.compile, device, log)
     windows = math.ceil(len(loaders.train) / section.grad_accum_steps)
     weights = class_weights_of(section, manifest, loaders)
     steps = section.epochs * windows

@@ -109,7 +109,7 @@ def prepare(config: Config, run: Runtime, log: VerbosityLogger) -> None:
     log.info(f"prepare: {sources.reading.line()}")
     manifest = replace(manifest, backbone_hash=backbone.weights_hash)
     backbone.to(device).compute_in(manifest.precision)
-    network = compiled(backbone, config.resources.compile, device, log)
+    network = compiled(backbone, config.resources.compile, device, "prepare", log)
     if config.dataset.cache == "auto":
         manifest = settle_cache(
             manifest, section.processed_dir, network, device, section.batch_size,
@@ -176,7 +176,7 @@ def live_features(
     backbone.compute_in(manifest.precision)
     log.info(f"train: tiles are cached without features; {spec.name} runs in every step")
     rounded = rounding(manifest.feature_dtype)
-    encode = compiled(backbone.encode, config.resources.compile, device, log)
+    encode = compiled(backbone.encode, config.resources.compile, device, "train", log)
     return lambda image: rounded(encode(image))
 
 
@@ -202,5 +202,5 @@ def inference(config: Config, run: Runtime, log: VerbosityLogger) -> None:
     load_weights(head, checkpoint, path)
     segmenter = Segmenter(backbone, head, rounding(checkpoint.feature_dtype)).eval().to(device)
     segmenter.compute_in(precision)
-    network = compiled(segmenter, config.resources.compile, device, log)
+    network = compiled(segmenter, config.resources.compile, device, "inference", log)
     predict_scenes(section, scenes, network, trained, device, log)
