@@ -5,8 +5,9 @@
 
 Each phase is run whole, with constants in place of its network, and its network alone; the slower
 of the latter two binds it. The measure for all is the bare forward, compiled, with weights in bf16,
-at its best batch; phases compile their networks too (resources.compile). Without a CUDA device it
-ends with exit code 4.
+at its best batch; phases compile their networks too (resources.compile). The device's peak is what
+a product of large bf16 matrices reaches; a phase's share of it counts its network's operations.
+Without a CUDA device it ends with exit code 4.
 """
 
 import copy
@@ -21,6 +22,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
+from benchmarks.head import operations_of
 from benchmarks.meter import Spent
 from benchmarks.rows import Row, command_line, report
 from benchmarks.scenes import pixels
@@ -43,6 +45,7 @@ from utils.logging import complain
 from utils.sources import find_sources
 
 SIDE = 8192  # pixels: 256 tiles, 441 windows
+MATRIX = 8192
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 WHOLE, SHARE, TARGET = "tiles per second", "share of the bare forward", 0.8
 
@@ -50,6 +53,7 @@ WHOLE, SHARE, TARGET = "tiles per second", "share of the bare forward", 0.8
 def measure(
     batch: int = 32, threads: int = 8, runs: int = 3, device: str = "cuda",
     backbone: str = "vitl16", side: int = SIDE, batches: Sequence[int] = BATCHES,
+    matrix: int = MATRIX,
 ) -> list[Row]:  # fmt: skip
     """Rows for the bare forward and for each phase, its network alone and the rest alone."""
     with TemporaryDirectory() as name:
@@ -70,20 +74,30 @@ def measure(
             "inference": partial(bare_segment, config, segmenter, on_device),
         }
         bare = bare_rate(network, torch.device(device), batches)
-        rows = [figure_row("bare forward", WHOLE, bare)]
+        peak = peak_of(torch.device(device), matrix)
+        rows = [
+            figure_row("bare forward", WHOLE, bare),
+            figure_row("device", "operations of bf16 at its peak", peak / 1e12, "T/s"),
+        ]
         for phase, run, model in (
             ("prepare", run_prepare, network), ("inference", run_inference, segmenter),
         ):  # fmt: skip
+            operations = operations_of(alone[phase]) / batch
             network_rate = rate_of(alone[phase], batch, torch.device(device))
-            rows += phase_rows(phase, partial(run, config), model, network_rate, bare, runs)
+            rows += phase_rows(
+                phase, partial(run, config), model, network_rate, bare, peak / operations, runs
+            )
         return rows
 
 
 def phase_rows(
     phase: str, run: Callable[..., Spent], network: torch.nn.Module, network_rate: float,
-    bare: float, runs: int,
+    bare: float, peak: float, runs: int,
 ) -> list[Row]:  # fmt: skip
-    """A phase's tiles per second: whole, its network alone, the rest alone; which one binds."""
+    """A phase's tiles per second: whole, its network alone, the rest alone; which one binds.
+
+    bare, peak: tiles per second of the bare forward, and at the device's peak.
+    """
     run(network)  # kernels are chosen, files read into memory
     whole, rest = (
         median(spent.tiles / spent.span for spent in (run(model) for _ in range(runs)))
@@ -92,15 +106,26 @@ def phase_rows(
     binds = "its network" if network_rate < rest else "reading and writing"
     return [
         Row(f"{phase}: {SHARE}", whole / bare, TARGET, at_least=True),
+        figure_row(phase, "share of the bf16 peak", whole / peak, ""),
         figure_row(phase, f"{WHOLE}, bound by {binds}", whole),
         figure_row(phase, f"{WHOLE}, its network alone", network_rate),
         figure_row(phase, f"{WHOLE}, all but its network", rest),
     ]
 
 
-def figure_row(phase: str, what: str, measured: float) -> Row:
+def figure_row(phase: str, what: str, measured: float, unit: str = "/s") -> Row:
     """A row without a limit."""
-    return Row(f"{phase}: {what}", measured, 0, "/s", at_least=True)
+    return Row(f"{phase}: {what}", measured, 0, unit, at_least=True)
+
+
+def peak_of(device: torch.device, side: int = MATRIX) -> float:
+    """Operations per second of a product of two square bf16 matrices.
+
+    >>> peak_of(torch.device("cpu"), side=64) > 0
+    True
+    """
+    matrix = torch.randn(side, side, device=device).bfloat16()
+    return 2 * side**3 * rate_of(lambda: matrix @ matrix, 1, device)
 
 
 def bare_rate(

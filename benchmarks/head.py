@@ -90,12 +90,21 @@ def cpu_seconds(call: Callable) -> float:
 
 
 def operations() -> int:
-    """Floating-point operations of a forward of one tile, two a multiply-add."""
+    """Floating-point operations of a forward of one tile."""
     with torch.device("meta"):
         head = build_head("unet_v2", CHANNELS, LEVELS, CLASSES).eval()
         image, maps = make_inputs(tiles=1)
+    return operations_of(lambda: head(image, maps))
+
+
+def operations_of(call: Callable[[], object]) -> int:
+    """Floating-point operations of a call, two a multiply-add.
+
+    >>> operations_of(lambda: torch.ones(3, 4) @ torch.ones(4, 5))
+    120
+    """
     with FlopCounterMode(display=False) as counter:
-        head(image, maps)
+        call()
     return counter.get_total_flops()
 
 

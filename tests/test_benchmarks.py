@@ -85,9 +85,9 @@ def test_the_lowest_of_some_peaks_counts(monkeypatch):
 def test_the_script_of_the_gpu_runs_on_a_cpu_too(monkeypatch):
     """Whatever the device, the phases are called as they are now; nothing is compiled here."""
     monkeypatch.setattr(torch, "compile", lambda network, **_: network)
-    rows = gpu.measure(2, 1, 1, device="cpu", backbone="tiny", side=512, batches=(1,))
+    rows = gpu.measure(2, 1, 1, device="cpu", backbone="tiny", side=512, batches=(1,), matrix=64)
     found = {row.what: row.measured for row in rows}
-    assert len(found) == 9
+    assert len(found) == 12
     assert all(math.isfinite(value) and value > 0 for value in found.values())
 
 
