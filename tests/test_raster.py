@@ -312,6 +312,30 @@ def test_nodata_and_a_mask_file_count_beside_a_band_flagged_alpha_that_is_data(w
         assert np.array_equal(scene.read(WHOLE).valid, mask > 0)
 
 
+def test_of_a_tile_without_a_valid_pixel_only_the_mask_is_read(write_tiff, pixels, monkeypatch):
+    mask = np.full((HEIGHT, WIDTH), 255, np.uint8)
+    mask[:32, :32] = 0
+    path, reads = write_tiff("scene.tif", pixels, mask=mask), []
+
+    class Watched:
+        def __init__(self, dataset):
+            self.dataset = dataset
+
+        def __getattr__(self, name):
+            return getattr(self.dataset, name)
+
+        def read(self, *given, **named):
+            reads.append(named["window"])
+            return self.dataset.read(*given, **named)
+
+    with open_scene(path) as scene:
+        monkeypatch.setattr(scene, "_dataset", Watched(scene._dataset))
+        image, valid = scene.read(Tile(0, 0, 32, 32))
+        assert (image.shape, image.any(), valid.any(), reads) == ((3, 32, 32), False, False, [])
+        assert scene.read(Tile(0, 32, 32, 32)).valid.all()
+        assert len(reads) == 1
+
+
 @pytest.mark.parametrize("kind", ["uint8", "uint16", "float32"])
 def test_nodata_of_the_config_counts_beside_that_of_the_file(write_tiff, rng, kind):
     pixels = rng.integers(10, 200, (3, HEIGHT, WIDTH)).astype(kind)
