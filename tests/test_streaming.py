@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 
 from utils.process import StoppedError
-from utils.streaming import RUN, ahead, behind
+from utils.streaming import RUN, ahead, behind, spread
 
 
 class Handle:
@@ -182,3 +182,42 @@ def test_a_failed_call_is_raised_though_a_signal_ends_the_caller():
         hand(full)
         raise StoppedError
     assert isinstance(caught.value.__context__, StoppedError)
+
+
+def test_one_thread_is_the_callers_and_keeps_the_order():
+    calls = []
+    with spread(threads=1) as each:
+        each(lambda item: calls.append((item, threading.get_ident())), range(9))
+    assert calls == [(item, threading.get_ident()) for item in range(9)]
+
+
+def test_several_threads_are_at_work_at_once_and_all_is_done_at_the_end():
+    together, done = threading.Barrier(4), []
+
+    def work(item):
+        together.wait(timeout=10)
+        time.sleep(0.01 * item)
+        done.append(item)
+
+    with spread(threads=4) as each:
+        each(work, range(4))
+        assert sorted(done) == [0, 1, 2, 3]
+        each(work, range(4, 12))
+        assert sorted(done) == list(range(12))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_first_failure_is_raised_and_what_has_not_begun_is_dropped(threads):
+    begun = []
+
+    def work(item):
+        begun.append(item)
+        if item >= 4:
+            time.sleep(0.02)
+            raise OSError(item, "failed")
+
+    with pytest.raises(OSError, match="failed") as caught, spread(threads) as each:
+        each(work, range(100))
+    assert caught.value.errno == 4
+    assert len(begun) <= 4 + 2 * threads
+    assert not [each for each in threading.enumerate() if each.name.startswith("spread")]

@@ -30,18 +30,20 @@ from utils.label_rasters import nodata_class
 from utils.labels import Labels, check_values, labels_identity, open_labels
 from utils.logging import VerbosityLogger
 from utils.manifest import CacheError, Manifest, read_manifest, scene_of, write_manifest
+from utils.process import cores_of_rank
 from utils.quantize import HALF, as_cached
 from utils.raster import Scene, open_scene
 from utils.sampling import class_counts
 from utils.scenes import SceneFile
 from utils.sources import Sources, work_of
 from utils.space import Need, free_at, require_space
-from utils.streaming import ahead, behind
+from utils.streaming import ahead, behind, spread
 from utils.tiling import Tile, batched, repeated, tiles
 from utils.turns import Turn
 
 Encode = Callable[[np.ndarray], Mapping[str, Tensor]]
-WAITING = 1  # batches of features that wait for the thread that writes
+WAITING = 1  # batches of features that wait for the threads that write
+WRITERS = 8  # threads at most, and for half of the cores: each file waits for the disk
 SAMPLE = 64  # tiles that are looked at to tell how many will be kept
 MADE, REUSED = "made", "reused"
 UNLABELLED, INVALID, SPARSE, BACKGROUND = (
@@ -102,12 +104,13 @@ def prepare(
     tally = Tally()
     with contextlib.ExitStack() as stack:
         readers = [TileReader(sources, section, made, seed) for _ in range(section.readers)]
+        writers = stack.enter_context(spread(min(WRITERS, max(1, cores_of_rank() // 2))))
         hand = stack.enter_context(behind(WAITING))
         found = stack.enter_context(ahead(readers, work, 2 * section.batch_size))
         steps = log.progress(found, "prepare", total=len(work), unit="tile", every=50)
         for batch in batched(_to_make(run.beating(steps), tally), section.batch_size):
             encoded = encode(np.stack([tile.image for tile in batch]))
-            hand(_write_tiles, folder, made, batch, encoded)
+            hand(_write_tiles, writers, folder, made, batch, encoded)
     run.wait()
     tally.merge(run.gather(tally))
     if run.is_main:
@@ -143,13 +146,17 @@ def _to_make(found: Iterable[ReadTile], tally: Tally) -> Iterator[ReadTile]:
 
 
 def _write_tiles(
-    folder: Path, made: Manifest, batch: Sequence[ReadTile], encoded: Mapping[str, Tensor]
-) -> None:
+    writers: Callable, folder: Path, made: Manifest, batch: Sequence[ReadTile],
+    encoded: Mapping[str, Tensor],
+) -> None:  # fmt: skip
     encoded = {part: download(whole) for part, whole in encoded.items()}
-    for number, tile in enumerate(batch):
-        parts = {part: whole[number] for part, whole in encoded.items()}
+
+    def write(number: int) -> None:
+        tile, parts = batch[number], {part: whole[number] for part, whole in encoded.items()}
         stamp, image = made.stamp_of(tile.name), torch.from_numpy(tile.image)
         write_tile(folder, tile.name, image, tile.label, **parts, stamp=stamp)
+
+    writers(write, range(len(batch)))
 
 
 def encode_on(device: torch.device, wanted: Manifest, backbone: torch.nn.Module) -> Encode:

@@ -38,13 +38,21 @@ SIGNALS = [
 
 def set_environment(config: Config) -> None:
     """Thread counts, cache sizes and limits, before the libraries that read them are imported."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    os.environ["OMP_NUM_THREADS"] = str(min(config.resources.omp_threads, share))
+    os.environ["OMP_NUM_THREADS"] = str(min(config.resources.omp_threads, cores_of_rank()))
     os.environ.setdefault("GDAL_CACHEMAX", "32")  # MB; `utils.block_cache` enlarges it
     stay_local()
     keep_one_heap()
     warnings.filterwarnings("ignore", message="Detected pickle protocol")  # torch, of damaged files
+
+
+def cores_of_rank() -> int:
+    """How many of the processor's cores are this rank's share, one at the least.
+
+    >>> 1 <= cores_of_rank() <= os.cpu_count()
+    True
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def stay_local() -> None:

@@ -111,3 +111,26 @@ def behind(depth: int) -> Iterator[Callable[..., None]]:
         raise
     finally:
         pool.shutdown()
+
+
+@contextmanager
+def spread(threads: int) -> Iterator[Callable[[Callable[[Item], Any], Iterable[Item]], None]]:
+    """A function that calls another one for each item, in so many threads; one is the caller's.
+
+    It returns when all calls are done. The failure of the first item that has one is raised; calls
+    that have not begun by then are dropped, and the block ends when the others are done.
+
+    >>> written = []
+    >>> with spread(threads=3) as each:
+    ...     each(written.append, range(4))
+    >>> sorted(written)
+    [0, 1, 2, 3]
+    """
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(threads, "spread")) if threads > 1 else None
+
+        def each(function: Callable[[Item], Any], items: Iterable[Item]) -> None:
+            for _ in pool.map(function, items) if pool else map(function, items):
+                pass
+
+        yield each
