@@ -186,9 +186,8 @@ def encode_of(config: Config, manifest: Manifest, backbone: DinoBackbone) -> Pix
     """Pixels in memory to what is cached of them, as prepare is given it."""
     device = Runtime().device(config.prepare.device)
     network = backbone.to(device).compute_in(manifest.precision)
-    return encode_on(
-        device, manifest, compiled(network, config.resources.compile, device, silent())
-    )
+    network = compiled(network, config.resources.compile, device, "prepare", silent())
+    return encode_on(device, manifest, network)
 
 
 def null_encode(spec: BackboneSpec, section: Prepare) -> Pixels:
@@ -294,7 +293,8 @@ def run_inference(config: Config, segmenter: Segmenter | None = None) -> Spent:
         shares = constant_shares(section.batch_size, classes, device)
         segment = Watched(lambda pixels: shares[: len(pixels)])
     else:
-        segment = Watched(compiled(segmenter, config.resources.compile, device, silent()))
+        wanted = config.resources.compile
+        segment = Watched(compiled(segmenter, wanted, device, "inference", silent()))
     scenes, _ = find_scenes(section.input_tif, "inference.input_tif")
     trained = Trained(default_legend(classes), Reading(), None, {}, precision_in(config))
     predict_scenes(section, scenes, segment, trained, device, silent())
