@@ -75,7 +75,7 @@ def null_rows(folder: Path, name: str, runs: int) -> list[Row]:
     ]
     calls = [lambda config=config: run_prepare(config) for config in configs]
     alternate(1, *calls)  # the first run of each reads files that are not in memory yet
-    same, same_large, other, other_large = alternate(2 * runs + 1, *calls)
+    same, same_large, other, other_large = alternate(6 * runs + 1, *calls)
     unit = "ms"
     return [
         Row("prepare: own CPU per tile", 1e3 * slope(same, same_large), 7, unit),
