@@ -1,6 +1,6 @@
 """Every benchmark that needs no GPU, one after the other, and one table at the end.
 
-    python -m benchmarks                     all of them, about a quarter of an hour on two cores
+    python -m benchmarks                     all of them, about twenty minutes on two cores
     python -m benchmarks prepare inference   some
 
 Beside each script stands how long the machine took for the same small piece of work before and

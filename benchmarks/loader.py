@@ -44,7 +44,7 @@ def sample_rows(folder: Path, runs: int) -> list[Row]:
             return sum(len(batch.name) for batch in batches)
 
         count = epoch()
-        seconds = median(seconds_of(epoch) for _ in range(2 * runs + 1))
+        seconds = median(seconds_of(epoch) for _ in range(30 * runs + 1))  # of a tenth of a second
         what = f"loader: CPU per sample of {channels} channels"
         rows.append(Row(what, 1e3 * seconds / count, limit, "ms"))
     return rows
