@@ -36,11 +36,11 @@ class DirectFile(io.RawIOBase):
     """
 
     def __init__(self, descriptor: int) -> None:
+        self._held = self._size = 0
         self._disk = io.FileIO(descriptor, "wb")
         room = np.empty(ROOM + BLOCK, np.uint8)
         first = -room.ctypes.data % BLOCK
         self._room = room[first : first + ROOM]
-        self._held = self._size = 0
         self._set_direct(on=True)
 
     def _set_direct(self, on: bool) -> bool:

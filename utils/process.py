@@ -286,7 +286,7 @@ def within_memory(phase: str) -> Iterator[None]:
 
 
 def out_of_memory(error: Exception) -> str:
-    """How memory ran out, for a thread, or in a worker that was killed too; nothing if it did not.
+    """What ran out: memory, here or in a worker that was killed, or threads; nothing if neither.
 
     >>> out_of_memory(MemoryError()), out_of_memory(KeyError("memory"))
     ('out of memory', '')
